@@ -1,0 +1,32 @@
+# Every target sets up .venv first; PYTHON may name another interpreter (3.11 or later).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test unit check bench sotu clean
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: .venv/ready          ## four islands learn to write Python: no network, no GPU
+	$(BIN)/diloco-ray train jobs/quickstart.yaml
+
+test: .venv/ready check          ## everything that CI runs
+	$(BIN)/python -m pytest -m 'not ray' --durations 5
+	$(BIN)/python -m pytest -m ray --durations 5
+
+unit: .venv/ready                ## the tier without Ray, under a minute
+	$(BIN)/python -m pytest -m 'not ray'
+
+check: .venv/ready               ## style, types, import contracts
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: .venv/ready               ## ratios against memory floors, printed
+	$(BIN)/python -m benchmarks.outer_step
+
+clean:
+	rm -rf .venv runs build dist

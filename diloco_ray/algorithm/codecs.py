@@ -1,0 +1,175 @@
+"""Codecs: outer gradients as bytes, the same bytes up (island to coordinator) and down (log to every replica).
+
+Decoding is part of the definition of the global model: every replica decodes the same bytes to the same float32 bits.
+So decode_ uses only operations that IEEE 754 rounds correctly, one at a time: no fused multiply-add, no reduction.
+Block-wise absmax after Dettmers et al. (arXiv 2110.02861, section 2.1); that four bits are enough for outer gradients,
+if these are summed in float32, is Streaming DiLoCo's (arXiv 2501.18512). A codec does not know what the values mean.
+
+A vector is written chunk by chunk, into one payload. For a block codec that payload is
+
+    [scale: float32 for each block] [codes: BLOCK_VALUES for each block, the last block filled up with zeros]
+
+and everything is little endian, as on all machines this runs on.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from diloco_ray.errors import ConfigError
+
+BLOCK_VALUES = 256
+CHUNK_VALUES = (
+    2048 * BLOCK_VALUES
+)  # worked on at a time: the five vectors of 2 MiB that a step then needs stay in cache
+
+_FLOAT16_MAX = 65504.0
+_SMALLEST_NORMAL = 2.0**-126
+_CLEAR_LOW_7_BITS = -(2**7)
+
+
+class Codec(Protocol):
+    """A way to write a vector of float32 values as bytes.
+
+    encode_ writes `values`, (m,) float32, as the values start .. start + m of a vector of num_values into `payload`,
+    (num_bytes(num_values),) uint8; decode_ reads them into `out`, (m,) float32, times `factor`: a block codec scales a
+    block's scale, which costs 1/256 of scaling its values. start is a multiple of BLOCK_VALUES, and so is m except at
+    the vector's end. encode_ leaves `values` as they were. Encoding decoded values gives the same bytes again. A value
+    that is not finite decodes to one (or, in a block, to many) that is not finite.
+    """
+
+    @property
+    def name(self) -> str: ...
+    def num_bytes(self, num_values: int) -> int: ...
+    def encode_(self, values: Tensor, payload: Tensor, start: int, num_values: int) -> None: ...
+    def decode_(self, payload: Tensor, start: int, num_values: int, out: Tensor, factor: float = 1.0) -> None: ...
+
+
+@dataclass(frozen=True)
+class FloatCodec:
+    """Each value rounded to nearest in a shorter float format (or kept, as float32)."""
+
+    name: str
+    dtype: torch.dtype
+
+    def num_bytes(self, num_values: int) -> int:
+        return num_values * self.dtype.itemsize
+
+    def encode_(self, values: Tensor, payload: Tensor, start: int, num_values: int) -> None:
+        """float16 ends at 65504: larger finite values saturate there, and what is not finite becomes NaN."""
+        if self.dtype is torch.float16:
+            zero_or_nan = values * 0.0  # NaN where the value is not finite; a zero keeps the value's sign
+            values = values.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).add_(zero_or_nan)
+        payload.view(self.dtype)[start : start + values.numel()].copy_(values)
+
+    def decode_(self, payload: Tensor, start: int, num_values: int, out: Tensor, factor: float = 1.0) -> None:
+        out.copy_(payload.view(self.dtype)[start : start + out.numel()])
+        if factor != 1.0:
+            out.mul_(factor)
+
+
+@dataclass(frozen=True)
+class BlockCodec:
+    """Integers c in [-q, q] and one float32 scale s for each block of 256 values; x is decoded as c s.
+
+        s = max|x| / q,   low 7 bits of its mantissa cleared        c = round(x / s)
+
+    so that |x - c s| <= max|x| / 2q, up to the rounding of x / s. The cleared bits make c s exact in float32, hence
+    encoding what was decoded gives the same c and s. A block whose scale would not be a normal float32, that is
+    max|x| < q 2^-126, is a block of zeros: s = 0.
+    """
+
+    name: str
+    largest_code: int  # q
+    num_bytes_per_block: int
+    pack_: Callable[[Tensor, Tensor], None]  # (m,) float32 that are integers -> codes, uint8
+    unpack_: Callable[[Tensor, Tensor], None]  # codes, uint8 -> (m,) float32
+
+    def num_bytes(self, num_values: int) -> int:
+        return _num_blocks(num_values) * (4 + self.num_bytes_per_block)
+
+    def encode_(self, values: Tensor, payload: Tensor, start: int, num_values: int) -> None:
+        scales, codes = self._sections(payload, start, values.numel(), num_values)
+        num_missing = -values.numel() % BLOCK_VALUES
+        blocks = (pad(values, (0, num_missing)) if num_missing else values).view(-1, BLOCK_VALUES)
+        scratch = torch.abs(blocks)
+        torch.amax(scratch, 1, out=scales)
+        scales.div_(self.largest_code).view(torch.int32).bitwise_and_(_CLEAR_LOW_7_BITS)
+        is_normal = scales >= _SMALLEST_NORMAL
+        inverse = is_normal / scales.clamp(min=_SMALLEST_NORMAL)
+        scales.mul_(is_normal)  # NaN stays NaN
+        torch.mul(blocks, inverse.unsqueeze(1), out=scratch).round_()
+        self.pack_(scratch.view(-1), codes)
+
+    def decode_(self, payload: Tensor, start: int, num_values: int, out: Tensor, factor: float = 1.0) -> None:
+        scales, codes = self._sections(payload, start, out.numel(), num_values)
+        num_missing = -out.numel() % BLOCK_VALUES
+        decoded = out.new_empty(out.numel() + num_missing) if num_missing else out
+        self.unpack_(codes, decoded)
+        decoded.view(-1, BLOCK_VALUES).mul_((scales if factor == 1.0 else scales * factor).unsqueeze(1))
+        if num_missing:
+            out.copy_(decoded[: out.numel()])
+
+    def _sections(self, payload: Tensor, start: int, num_chunk: int, num_values: int) -> tuple[Tensor, Tensor]:
+        """The scales (float32, one a block) and the codes (uint8) of one chunk: views into the payload."""
+        if start % BLOCK_VALUES or (num_chunk % BLOCK_VALUES and start + num_chunk != num_values):
+            raise ValueError(f"values {start}..{start + num_chunk} of {num_values} are not blocks of {BLOCK_VALUES}")
+        split = 4 * _num_blocks(num_values)
+        first, last = start // BLOCK_VALUES, _num_blocks(start + num_chunk)
+        codes = payload[split + first * self.num_bytes_per_block : split + last * self.num_bytes_per_block]
+        return payload[:split].view(torch.float32)[first:last], codes
+
+
+def _num_blocks(num_values: int) -> int:
+    return -(-num_values // BLOCK_VALUES)
+
+
+def _pack_bytes(integers: Tensor, codes: Tensor) -> None:
+    codes.view(torch.int8).copy_(integers)
+
+
+def _unpack_bytes(codes: Tensor, out: Tensor) -> None:
+    out.copy_(codes.view(torch.int8))
+
+
+def _pack_nibbles(integers: Tensor, codes: Tensor) -> None:
+    """c + 8 in four bits, the even value in the low half of a byte: seen as 16 bits, 0x0h0l | 0x00h0 ends in hl."""
+    pairs = integers.to(torch.int8).add_(8).view(torch.int16)
+    codes.copy_(pairs.bitwise_or_(pairs >> 4))
+
+
+def _unpack_nibbles(codes: Tensor, out: Tensor) -> None:
+    """The way back: (0x00hl | 0x0hl0) & 0x0f0f = 0x0h0l."""
+    pairs = codes.to(torch.int16)
+    pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F)
+    out.copy_(pairs.view(torch.int8).sub_(8))
+
+
+_CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        FloatCodec("float32", torch.float32),
+        FloatCodec("bfloat16", torch.bfloat16),
+        FloatCodec("float16", torch.float16),
+        BlockCodec("int8", 127, BLOCK_VALUES, _pack_bytes, _unpack_bytes),
+        BlockCodec("int4", 7, BLOCK_VALUES // 2, _pack_nibbles, _unpack_nibbles),
+    )
+}
+CODEC_NAMES: tuple[str, ...] = tuple(_CODECS)
+
+
+def get_codec(name: str) -> Codec:
+    """The codec of this name; ConfigError that names the nearest one when there is none."""
+    if name in _CODECS:
+        return _CODECS[name]
+    nearest = difflib.get_close_matches(name, CODEC_NAMES, n=1, cutoff=0.0)[0]
+    raise ConfigError(
+        f"unknown codec {name!r}; did you mean {nearest!r}?",
+        where="codec",
+        remedy=f"choose one of {', '.join(CODEC_NAMES)}",
+    )

@@ -1,0 +1,134 @@
+"""The Python door: `DiLoCoTrainer(config).fit()`, in the shapes of Ray Train."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from diloco_ray.algorithm.replica import Replica
+from diloco_ray.config import RunConfig
+from diloco_ray.data.shards import TokenShards
+from diloco_ray.data.tokenizers import load_tokenizer
+from diloco_ray.errors import ConfigError, DiLoCoError
+from diloco_ray.island.evaluator import validation_batches
+from diloco_ray.log.run_log import RunLog
+from diloco_ray.log.snapshot import restore
+from diloco_ray.model.build import build_model, trainable_parameters
+from diloco_ray.model.export import export_model, sample_text, validation_loss
+from diloco_ray.observe.events import of_kind, read_events
+from diloco_ray.observe.progress import Progress
+from diloco_ray.run import Run, open_run, read_run, replica_of
+from diloco_ray.runtime.cluster import connected
+from diloco_ray.runtime.driver import train_on_ray
+
+Watcher = Callable[[Mapping[str, Any], list[dict[str, Any]]], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `fit` returns. path: the run's folder. metrics: the last status document, with `loss` the last validation
+    loss. error: the error that ended the run early, where `fit(raise_on_error=False)` was asked for."""
+
+    path: str
+    metrics: Mapping[str, Any]
+    error: DiLoCoError | None = None
+
+    @property
+    def metrics_dataframe(self) -> pd.DataFrame:
+        """One row per round; `validation_loss` where the outer parameters were measured."""
+        run = read_run(self.path)
+        events = read_events(run.store)
+        rounds = pd.DataFrame(of_kind(events, "round")).drop(columns="event", errors="ignore")
+        measured = {event["round"]: event["loss"] for event in of_kind(events, "evaluation")}
+        if not rounds.empty:
+            rounds = rounds.drop_duplicates("round", keep="last").reset_index(drop=True)
+            rounds["validation_loss"] = rounds["round"].map(measured)
+        return rounds
+
+    def model(self, at: int | None = None) -> nn.Module:
+        """The trained model, with the outer parameters of the last outer step, or of outer step `at`."""
+        return load_model(read_run(self.path), at)
+
+
+class DiLoCoTrainer:
+    """One run of DiLoCo on Ray: islands, a coordinator and an evaluator, from a recipe.
+
+    The same recipe again takes the run up from its last committed outer step.
+    """
+
+    def __init__(self, config: RunConfig | Mapping[str, Any]):
+        self.config = config if isinstance(config, RunConfig) else RunConfig.from_dict(config)
+
+    def fit(self, *, watch: Watcher | None = None, raise_on_error: bool = True) -> Result:
+        """Trains to the end and returns the result. watch: gets status documents and new events instead of the console.
+
+        Uses the Ray this process is connected to, else RAY_ADDRESS or `cluster.address`, else starts a local one.
+        """
+        run = open_run(self.config)
+        with connected(self.config.cluster.address):
+            try:
+                if watch is not None:
+                    status = train_on_ray(run, watch)
+                else:
+                    with Progress(self.config.rounds) as progress:
+                        status = train_on_ray(run, progress)
+            except DiLoCoError as error:
+                if raise_on_error:
+                    raise
+                return Result(run.store.url, {}, error)
+        last = status["validation"]["last"]
+        return Result(run.store.url, {**status, "loss": last["loss"] if last else None})
+
+
+# ---- what can be done with a run's folder ----
+
+
+def load_model(run: Run, at: int | None = None) -> nn.Module:
+    """The run's model with the outer parameters of outer step `at` (default: the last)."""
+    shards = TokenShards.open(run.document["prepared"])
+    model = build_model(
+        run.config.model,
+        seed=run.config.seed,
+        vocab_size=shards.manifest.vocab_size,
+        eos_token_id=shards.manifest.eos_token_id,
+    )
+    load_replica(run, at).write_to_(trainable_parameters(model))
+    return model.eval()
+
+
+def load_replica(run: Run, at: int | None = None) -> Replica:
+    replica = replica_of(run.document)
+    log = RunLog.open(run.store)
+    if at is not None and not 0 <= at <= log.tail.index:
+        raise ConfigError(
+            f"outer step {at} is not in the log", where=run.store.url, remedy=f"choose 0 to {log.tail.index}"
+        )
+    restore(run.store, log, replica, at)
+    return replica
+
+
+def export(path: str, to: str, at: int | None = None) -> str:
+    """Writes the model and its tokenizer as `save_pretrained` does; returns where."""
+    run = read_run(path)
+    tokenizer_path = TokenShards.open(run.document["prepared"]).tokenizer_path
+    return export_model(load_model(run, at), tokenizer_path, to)
+
+
+def evaluate(path: str, at: int | None = None) -> float:
+    """Held-out loss of the outer parameters, on the sequences that the run measures on."""
+    run = read_run(path)
+    settings = run.config.evaluation
+    shards = TokenShards.open(run.document["prepared"])
+    batches = validation_batches(shards, run.config.data.sequence_length, settings.num_sequences, settings.batch_size)
+    return validation_loss(load_model(run, at), batches)
+
+
+def sample(path: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
+    """Text that the run's model continues the prompt with."""
+    run = read_run(path)
+    tokenizer = load_tokenizer(TokenShards.open(run.document["prepared"]).tokenizer_path)
+    return sample_text(
+        load_model(run), tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )

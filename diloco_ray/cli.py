@@ -1,0 +1,191 @@
+"""The shell's door: `diloco-ray COMMAND`. Parses, calls `api`, prints; every error ends with its own exit code.
+
+0 done; 1 the run failed; 2 bad recipe or arguments; 3 data; 4 store; 5 damaged files; 6 fenced; 7 another run;
+8 cluster; 9 a deadline ran out; 130 interrupted.
+"""
+
+import json
+import sys
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+
+from diloco_ray.errors import DiLoCoError
+
+STALE_AFTER_S = 20.0  # a running run writes its status every half second, to a bucket every ten
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Elastic low-communication training (DiLoCo) on Ray.",
+)
+
+Recipe = Annotated[str, typer.Argument(help="A recipe, such as jobs/quickstart.yaml.")]
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")]
+Set = Annotated[
+    list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set outer.learning_rate=0.6")
+]
+At = Annotated[int | None, typer.Option(help="Outer step (default: the last).")]
+Name = Annotated[str | None, typer.Option("--name", help="The run's name, so its folder (default: the recipe's).")]
+
+
+def main() -> None:
+    """Runs the command line; known errors end in three lines and their exit code."""
+    try:
+        app()
+    except DiLoCoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last committed outer step", file=sys.stderr)
+        sys.exit(130)
+
+
+def _config(recipe: str, overrides: list[str], name: str | None = None) -> Any:
+    from diloco_ray.config import RunConfig
+
+    return RunConfig.from_yaml(recipe, [*overrides, *([f"name={name}"] if name else [])])
+
+
+@app.command()
+def train(recipe: Recipe, set_: Set = [], name: Name = None) -> None:  # noqa: B006
+    """Train, or go on with, the run that a recipe describes."""
+    train_recipe(_config(recipe, set_, name))
+
+
+def train_recipe(config: Any) -> None:
+    from diloco_ray.api import DiLoCoTrainer
+    from diloco_ray.observe.events import of_kind, read_events
+    from diloco_ray.observe.progress import summary_lines
+    from diloco_ray.run import read_run
+
+    print(f"run folder: {config.run_url}", flush=True)
+    result = DiLoCoTrainer(config).fit()
+    for line in summary_lines(result.metrics):
+        print(line)
+    samples = [event["sample"] for event in of_kind(read_events(read_run(result.path).store), "evaluation")]
+    if samples and samples[-1]:
+        print(f"\nsample:\n{samples[-1]}\n")
+    folder = config.run_url
+    print(f"run folder: {result.path}")
+    print("next:")
+    print(f"  diloco-ray verify {folder}")
+    print(f"  diloco-ray sample {folder} --prompt 'def '")
+    print(f"  diloco-ray export {folder} --to {folder}/export")
+
+
+@app.command()
+def prepare(recipe: Recipe, set_: Set = [], to: Annotated[str | None, typer.Option(help="Folder.")] = None) -> None:  # noqa: B006
+    """Turn a recipe's corpus into packed token shards. Interrupted, the same command goes on."""
+    from rich.progress import Progress
+
+    from diloco_ray.data.prepare import prepare as prepare_data
+
+    config = _config(recipe, set_)
+    where = to or config.prepared_url
+    with Progress(transient=True) as bar:
+        task = bar.add_task(f"preparing {config.data.corpus}", total=None)
+        manifest = prepare_data(
+            config.data, where, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    for split, tokens in manifest.num_tokens.items():
+        print(f"{split}: {tokens:,} tokens")
+    print(f"vocabulary {manifest.vocab_size}, tokenizer {config.data.tokenizer}, in {where}")
+
+
+@app.command()
+def status(run: RunFolder, as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False) -> None:
+    """How a run stands, from its folder alone."""
+    document = read_status(run)
+    if as_json:
+        print(json.dumps(document, indent=2))
+        return
+    from rich.console import Console
+
+    from diloco_ray.observe.progress import island_table, summary_lines
+
+    reason = f" ({document['reason']})" if document["reason"] else ""
+    print(f"{document['state']}{reason}, round {document['rounds']}/{document['num_rounds']}")
+    Console(soft_wrap=True).print(island_table(document))
+    for line in summary_lines(document):
+        print(line)
+
+
+def read_status(url: str) -> dict[str, Any]:
+    """The status document; a run whose driver is gone says `interrupted`."""
+    from diloco_ray.errors import RunMismatchError
+    from diloco_ray.log.run_store import RunStore
+
+    store = RunStore(url)
+    if not store.exists("status.json"):
+        raise RunMismatchError(
+            "no status.json: no run, or one that has not started",
+            where=store.url,
+            remedy="name a run's folder, such as runs/quickstart",
+        )
+    document = json.loads(store.read("status.json"))
+    age_s = (datetime.now(UTC) - datetime.fromisoformat(document["updated_at"])).total_seconds()
+    if document["state"] not in ("succeeded", "failed") and age_s > STALE_AFTER_S:
+        document["reason"] = f"was {document['state']}; nothing heard for {age_s:.0f} s"
+        document["state"] = "interrupted"
+    return document
+
+
+@app.command()
+def verify(run: RunFolder, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Prove a run by arithmetic: chain whole, replay bit-equal, every token accounted for."""
+    from diloco_ray.log.run_store import RunStore
+    from diloco_ray.log.verify import verify as verify_log
+    from diloco_ray.run import replica_of
+
+    report = verify_log(RunStore(run), replica_of)
+    if as_json:
+        from dataclasses import asdict
+
+        print(json.dumps({**asdict(report), "ok": report.ok}, indent=2))
+    else:
+        print(report.to_text())
+    if not report.ok:
+        from diloco_ray.errors import CorruptionError
+
+        raise typer.Exit(CorruptionError.exit_code)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[str, typer.Option(help="Folder for the model and its tokenizer.")],
+    at: At = None,
+) -> None:
+    """Write the outer parameters as a Hugging Face model: AutoModelForCausalLM.from_pretrained reads it."""
+    from diloco_ray import api
+
+    print(api.export(run, to, at))
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    prompt: Annotated[str, typer.Option()] = "The ",
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.8,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Let the run's model continue a prompt."""
+    from diloco_ray import api
+
+    print(api.sample(run, prompt, tokens, temperature, seed))
+
+
+@app.command()
+def evaluate(run: RunFolder, at: At = None) -> None:
+    """Measure the held-out loss of the outer parameters again, from the run's folder."""
+    from diloco_ray import api
+
+    print(f"validation loss {api.evaluate(run, at):.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Membership: who holds an island's name, since when, and how it stands.
+
+An island's name belongs to one process at a time. A newer process takes the name over with a higher incarnation; the
+older one is fenced: every message names its incarnation, and one that is not current changes nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+Standing = Literal["expected", "alive", "absent", "lost", "left", "quarantined"]
+STRIKES_TO_QUARANTINE = 3
+
+
+@dataclass(frozen=True)
+class Member:
+    name: str
+    standing: Standing
+    incarnation: int = 0
+    process: str = ""
+    pid: int = 0
+    node: str = ""
+    last_seen_s: float = 0.0
+    deadline_s: float = 0.0  # an expected member is waited for until then
+    strikes: int = 0
+    reason: str = ""
+    progress: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+Members = Mapping[str, Member]
+
+
+def with_member(members: Members, member: Member) -> dict[str, Member]:
+    """The members with this one put in, in island order."""
+    return dict(sorted({**members, member.name: member}.items()))
+
+
+def names(members: Members, standing: Standing) -> tuple[str, ...]:
+    """In island order."""
+    return tuple(name for name, member in members.items() if member.standing == standing)
+
+
+def admit(known: Member, *, now_s: float, process: str, incarnation: int, pid: int, node: str) -> Member:
+    """The member after a join: a new process (incarnation 0) takes the next incarnation.
+
+    A process that outlived the coordinator keeps its own, unless another process has held the name since.
+    """
+    survived = incarnation >= known.incarnation > 0 and known.process in ("", process)
+    incarnation = incarnation if survived else known.incarnation + 1
+    return replace(
+        known,
+        standing="alive",
+        incarnation=incarnation,
+        process=process,
+        pid=pid,
+        node=node,
+        last_seen_s=now_s,
+        reason="",
+    )
+
+
+def is_current(members: Members, name: str, incarnation: int) -> bool:
+    member = members.get(name)
+    return member is not None and member.standing == "alive" and member.incarnation == incarnation
+
+
+def may_return(members: Members, name: str, incarnation: int) -> bool:
+    """Whether a process that is not alive here may say hello again: nobody newer holds the name, nor is it barred."""
+    member = members.get(name)
+    return member is None or (member.standing not in ("alive", "quarantined") and incarnation >= member.incarnation)
+
+
+def silent_since(members: Members, *, now_s: float, timeout_s: float) -> tuple[Member, ...]:
+    """Alive members whose lease on life ran out, in island order."""
+    return tuple(m for m in members.values() if m.standing == "alive" and now_s - m.last_seen_s > timeout_s)
+
+
+def overdue(members: Members, *, now_s: float) -> tuple[Member, ...]:
+    """Expected members whose time to join ran out, in island order."""
+    return tuple(m for m in members.values() if m.standing == "expected" and now_s > m.deadline_s)

@@ -1,0 +1,43 @@
+"""The first state of a coordinator's life: a fold over the log, then a wait for those who outlived its predecessor."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from diloco_ray.coordination.admission import NORM_HISTORY
+from diloco_ray.coordination.membership import Member
+from diloco_ray.coordination.messages import DataRange, TakeOuterStep
+from diloco_ray.coordination.state import RunState, of_other_fragments, with_version
+
+
+def recover(state: RunState, steps: Iterable[TakeOuterStep]) -> RunState:
+    """Folds the log's outer steps, oldest first, into a fresh state: the decisions' half of a replay."""
+    spent: list[DataRange] = []
+    last: TakeOuterStep | None = None
+    for last in steps:
+        fragment, version = last.fragment, last.base_version + 1
+        digests = {(fragment, last.base_version, share.island): share.payload_sha256 for share in last.shares}
+        members = {s.island: Member(s.island, "absent", s.incarnation) for s in last.shares}
+        state = replace(
+            state,
+            index=state.index + 1,
+            versions=with_version(state.versions, fragment, version),
+            settled={**of_other_fragments(state.settled, fragment), **digests},
+            members=dict(sorted({**state.members, **members}.items())),
+            norms=(*state.norms, *(share.norm for share in last.shares))[-NORM_HISTORY:],
+        )
+        spent += [data_range for share in last.shares for data_range in share.spent]
+    if last is None:
+        return state
+    state = replace(state, round=min(state.versions), ledger=state.ledger.recovered(spent, last.tokens))
+    if state.round >= state.rules.num_rounds:
+        return replace(state, phase="succeeded", reason=f"{state.round} rounds done")
+    return state
+
+
+def expect(state: RunState, islands: Iterable[str], *, now_s: float, within_s: float) -> RunState:
+    """No round opens or closes before these islands have joined or their time has run out."""
+    members = dict(state.members)
+    for name in islands:
+        known = members.get(name, Member(name, "expected"))
+        members[name] = replace(known, standing="expected", deadline_s=now_s + within_s)
+    return replace(state, members=dict(sorted(members.items())))

@@ -1,0 +1,213 @@
+"""The coordinator's decisions: `reduce(state, event) -> (state, commands)`, a pure function.
+
+One round: every live island gets an `InnerPlan` (base, steps, leased data); its contributions are admitted; when a
+fragment has all that are awaited, or the grace window ran out, its outer step is taken and committed; when every
+fragment has stepped, the round is whole and the next one opens. Islands that join in an open round start with the
+next, unless the round has too few without them.
+"""
+
+from dataclasses import replace
+from typing import assert_never
+
+from diloco_ray.coordination import membership
+from diloco_ray.coordination.admission import NORM_HISTORY, judge_header, judge_norm
+from diloco_ray.coordination.membership import STRIKES_TO_QUARANTINE, Member, with_member
+from diloco_ray.coordination.messages import (
+    Answer,
+    Command,
+    Committed,
+    Contribution,
+    Event,
+    Heartbeat,
+    InnerPlan,
+    Inspect,
+    Inspected,
+    Joined,
+    Left,
+    Lost,
+    Note,
+    Submitted,
+    Tick,
+    Verdict,
+)
+from diloco_ray.coordination.rounds import (
+    Step,
+    close_fragments,
+    committed,
+    has_contributed,
+    issue_plans,
+    open_round,
+    sequences_per_round,
+    watch_the_wait,
+)
+from diloco_ray.coordination.state import Accepted, RunState, ended, without
+
+
+def reduce(state: RunState, event: Event) -> Step:
+    """The next state and what to do in the world. Total: no event in any state raises."""
+    match event:
+        case Joined():
+            state, commands = _joined(state, event)
+        case Heartbeat():
+            state, commands = _heartbeat(state, event)
+        case Lost():
+            member = state.members.get(event.island)
+            ours = member is not None and event.process in ("", member.process)
+            state, commands = _gone(state, event.island, "lost", event.reason) if ours else (state, [])
+        case Left():
+            current = membership.is_current(state.members, event.island, event.incarnation)
+            state, commands = _gone(state, event.island, "left", event.reason) if current else (state, [])
+        case Submitted():
+            state, commands = _submitted(state, event)
+        case Inspected():
+            state, commands = _inspected(state, event)
+        case Committed():
+            state, commands = committed(state, event)
+        case Tick():
+            state, commands = _tick(state, event.now_s)
+        case _:
+            assert_never(event)
+    for go_on in (open_round, close_fragments, watch_the_wait):
+        state, more = go_on(state, event.now_s)
+        commands += more
+    return state, commands
+
+
+# ---- membership ----
+
+
+def _joined(state: RunState, event: Joined) -> Step:
+    known = state.members.get(event.island, Member(event.island, "absent"))
+    if known.standing == "quarantined":
+        return state, [Note(f"{event.island} asked to join and is quarantined: {known.reason}")]
+    commands: list[Command] = []
+    if known.standing == "alive" and known.process != event.process:
+        state, commands = _gone(state, event.island, "lost", "another process took its name")
+    member = membership.admit(
+        known,
+        now_s=event.now_s,
+        process=event.process,
+        incarnation=event.incarnation,
+        pid=event.pid,
+        node=event.node,
+    )
+    state = replace(state, members=with_member(state.members, member))
+    commands.append(Note(f"{event.island} joined (incarnation {member.incarnation}, pid {event.pid} on {event.node})"))
+    if event.held is not None and event.island not in state.plans:
+        state, more = _take_up(state, event.held)
+        commands += more
+    return state, commands
+
+
+def _take_up(state: RunState, held: InnerPlan) -> Step:
+    """An island that outlived the coordinator goes on with its work if nobody else has got its data."""
+    fits = (
+        held.round == state.round
+        and membership.is_current(state.members, held.island, held.incarnation)
+        and held.base_version in state.versions
+        and held.inner_steps == state.rules.inner_steps_per_round
+        and sum(r.num_sequences for r in held.ranges) == sequences_per_round(state.rules)
+    )
+    ledger = state.ledger.adopt(held.lease_id, held.island, held.ranges) if fits else None
+    if ledger is None:
+        return state, [Note(f"{held.island}: work on round {held.round + 1} is void; it gets a new plan")]
+    state = replace(state, ledger=ledger, plans={**state.plans, held.island: held})
+    return state, [Note(f"{held.island} goes on with its work on round {held.round + 1}")]
+
+
+def _heartbeat(state: RunState, event: Heartbeat) -> Step:
+    if not membership.is_current(state.members, event.island, event.incarnation):
+        return state, []
+    member = state.members[event.island]
+    member = replace(member, last_seen_s=event.now_s, progress={**member.progress, **event.progress})
+    return replace(state, members=with_member(state.members, member)), []
+
+
+def _gone(state: RunState, island: str, standing: membership.Standing, reason: str) -> Step:
+    """Its open work expires; what the coordinator has accepted from it stays."""
+    member = state.members[island]
+    if member.standing not in ("alive", "expected"):
+        return state, []
+    members = with_member(state.members, replace(member, standing=standing, reason=reason))
+    state = _revoke(replace(state, members=members), island, "expired")
+    return state, [Note(f"{island} {standing}: {reason}")]
+
+
+def _revoke(state: RunState, island: str, fate: str) -> RunState:
+    """Ends the island's plan, unless the contribution that closes its lease is already accepted."""
+    inspecting = {key for key, item in state.inbox.items() if key[2] == island and item.norm is None}
+    state = replace(state, inbox=without(state.inbox, *inspecting))
+    plan = state.plans.get(island)
+    if plan is None or has_contributed(state, island):
+        return state
+    return replace(state, ledger=state.ledger.settle(plan.lease_id, fate), plans=without(state.plans, island))
+
+
+# ---- contributions ----
+
+
+def _submitted(state: RunState, event: Submitted) -> Step:
+    c = event.contribution
+    verdict = judge_header(state, c)
+    if c.base_version == state.round and c.island in state.members:
+        state = replace(state, offered=state.offered | {c.island})
+    if verdict is None:
+        inbox = {**state.inbox, c.key: Accepted(c, state.ledger.outstanding[c.lease_id])}
+        return replace(state, inbox=inbox), [Inspect(c)]
+    commands: list[Command] = [] if verdict.status == "pending" else [Answer(c, verdict)]
+    if verdict.status == "rejected":
+        commands.append(Note(f"{c.island}: contribution to fragment {c.fragment} rejected: {verdict.reason}"))
+    return state, commands
+
+
+def _inspected(state: RunState, event: Inspected) -> Step:
+    c = event.contribution
+    held = state.inbox.get(c.key)
+    if held is None or held.contribution.payload_sha256 != c.payload_sha256:
+        return state, [Answer(c, Verdict("rejected", "stale: its round closed while it was being inspected"))]
+    verdict = Verdict("rejected", event.problem) if event.problem else judge_norm(state, event.norm)
+    if verdict.status == "rejected":
+        state, commands = _strike(state, c, verdict.reason, event.now_s)
+        return state, [Answer(c, verdict), *commands]
+    state = replace(
+        state,
+        inbox={**state.inbox, c.key: replace(held, norm=event.norm)},
+        norms=(*state.norms, event.norm)[-NORM_HISTORY:],
+    )
+    if len(state.accepted(c.fragment)) >= state.rules.quorum and c.fragment not in state.quorum_since_s:
+        state = replace(state, quorum_since_s={**state.quorum_since_s, c.fragment: event.now_s})
+    return state, [Answer(c, verdict)]
+
+
+def _strike(state: RunState, c: Contribution, reason: str, now_s: float) -> Step:
+    """A bad payload costs the island its round; the third in a row costs it its place."""
+    mine = {key for key in state.inbox if key[2] == c.island and key[0] not in state.stepping}
+    state = replace(state, inbox=without(state.inbox, *mine))
+    state = _revoke(state, c.island, "rejected")
+    member = state.members[c.island]
+    member = replace(member, strikes=member.strikes + 1)
+    notes: list[Command] = [Note(f"{c.island}: contribution rejected (strike {member.strikes}): {reason}")]
+    state = replace(state, members=with_member(state.members, member))
+    if member.strikes >= STRIKES_TO_QUARANTINE and member.standing == "alive":
+        state, more = _gone(state, c.island, "quarantined", reason)
+        return state, notes + more
+    if member.standing == "alive" and c.island not in state.plans:
+        state = issue_plans(state, [c.island])
+    return state, notes
+
+
+# ---- time ----
+
+
+def _tick(state: RunState, now_s: float) -> Step:
+    if ended(state):
+        return state, []
+    commands: list[Command] = []
+    for member in membership.overdue(state.members, now_s=now_s):
+        state = replace(state, members=with_member(state.members, replace(member, standing="absent")))
+        commands.append(Note(f"{member.name} did not join in time; going on without it"))
+    timeout_s = state.rules.heartbeat_timeout_s
+    for member in membership.silent_since(state.members, now_s=now_s, timeout_s=timeout_s):
+        state, more = _gone(state, member.name, "lost", f"silent for {now_s - member.last_seen_s:.0f} s")
+        commands += more
+    return state, commands

@@ -1,0 +1,1 @@
+"""The coordinator without Ray: receive, reduce, perform."""

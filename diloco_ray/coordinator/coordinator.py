@@ -1,0 +1,288 @@
+"""The coordinator: receive what happens, reduce it to decisions, perform them. It owns the log and the first replica.
+
+    receive(event) -> reduce(state, event) -> perform(command)
+
+One thread calls the doors and `receive`. Work on tensors and files is handed to `later`, which runs one job after the
+other, elsewhere or at once, and brings its event back. A record is computed, then committed, then announced; if the
+commit fails, this coordinator's replica is ahead of the log and nobody has seen it: it stops, and recovery is replay.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, assert_never
+
+import numpy as np
+import torch
+
+from diloco_ray.algorithm.codecs import get_codec
+from diloco_ray.algorithm.outer_gradient import inspect_payload
+from diloco_ray.algorithm.replica import Replica
+from diloco_ray.coordination.data_ledger import DataLedger
+from diloco_ray.coordination.membership import is_current, may_return
+from diloco_ray.coordination.messages import (
+    Answer,
+    CloseRound,
+    Command,
+    Committed,
+    Contribution,
+    End,
+    Event,
+    Heartbeat,
+    Inspect,
+    Inspected,
+    Joined,
+    Left,
+    Lost,
+    Note,
+    Submitted,
+    TakeOuterStep,
+    Tick,
+    Verdict,
+)
+from diloco_ray.coordination.recovery import expect, recover
+from diloco_ray.coordination.reducer import reduce
+from diloco_ray.coordination.state import RunState, ended, plan_for
+from diloco_ray.coordinator.job import CoordinatorJob
+from diloco_ray.coordinator.report import Report
+from diloco_ray.errors import DiLoCoError
+from diloco_ray.ids import sha256_hex
+from diloco_ray.log.record import Record
+from diloco_ray.log.run_log import RunLog, take_fence
+from diloco_ray.log.run_store import RunStore
+from diloco_ray.log.snapshot import list_snapshots, load_snapshot, prune_snapshots, restore, save_snapshot
+from diloco_ray.observe.events import of_kind
+from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
+
+Job = Callable[[], Event | None]
+RECENT_RECORDS = 64  # kept with their payloads for followers; older ones are read from the store
+
+
+class _Payload:
+    """Encoded bytes as they came, then our own copy: what came may live in an island's memory and die with it."""
+
+    def __init__(self, data: Bytes):
+        self.data = data
+
+    def own(self) -> Bytes:
+        self.data = np.array(self.data)
+        return self.data
+
+
+class Coordinator:
+    """One coordinator life. Taking the fence makes it the only writer of the run."""
+
+    def __init__(self, store: RunStore, job: CoordinatorJob, *, later: Callable[[Job], None], holder: str, pid: int):
+        self._store, self._job, self._later = store, job, later
+        self._uplink = get_codec(job.rules.uplink)
+        self.fence_epoch = take_fence(store, job.rules.run_id, holder)
+        self._log = RunLog.open(store)
+        self._replica = self._new_replica()
+        restore(store, self._log, self._replica)
+        self._payloads: dict[tuple[Any, str], _Payload] = {}
+        self._verdicts: dict[tuple[Any, str], Verdict] = {}
+        self._computed: dict[int, tuple[Record, Bytes, str]] = {}  # committed, not yet announced
+        self._recent: deque[tuple[Record, Bytes]] = deque(maxlen=RECENT_RECORDS)
+        self.state = self._first_state()
+        self.report = Report(store, self.fence_epoch, pid, job.layout.num_values)
+        self.report.started(self.state)
+
+    def _new_replica(self) -> Replica:
+        return Replica(self._job.layout, self._job.outer.build(), get_codec(self._job.downlink))
+
+    def _first_state(self) -> RunState:
+        job, records = self._job, self._log.records[1:]
+        steps = [TakeOuterStep(r.fragment, r.round, r.version - 1, r.shares, r.tokens, "") for r in records]
+        ledger = DataLedger(job.num_sequences, job.sequence_length, str(self.fence_epoch))
+        state = recover(RunState(job.rules, ledger, versions=(0,) * job.rules.num_fragments), steps)
+        if ended(state):
+            return state
+        expected = [share.island for share in records[-1].shares] if records else job.expected
+        return expect(state, expected, now_s=self._now_s(), within_s=job.join_timeout_s)
+
+    @staticmethod
+    def _now_s() -> float:
+        return time.monotonic()
+
+    # ---- doors: what followers call ----
+
+    def join(self, hello: Hello) -> Welcome:
+        self.receive(
+            Joined(self._now_s(), hello.island, hello.process, hello.incarnation, hello.pid, hello.node, hello.held)
+        )
+        member = self.state.members[hello.island]
+        if member.standing == "alive" and member.process == hello.process:
+            return Welcome(member.incarnation)
+        return Welcome(0, f"{hello.island} is {member.standing}: {member.reason}")
+
+    def beat(self, beat: Beat) -> Order:
+        self.receive(Heartbeat(self._now_s(), beat.island, beat.incarnation, beat.progress))
+        if not is_current(self.state.members, beat.island, beat.incarnation):
+            return "rejoin" if may_return(self.state.members, beat.island, beat.incarnation) else "fenced"
+        if beat.lease_id and beat.lease_id not in self.state.ledger.outstanding:
+            return "abandon"
+        return "go_on"
+
+    def submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
+        """`pending` while the payload is inspected; ask `verdict_on` after the next change."""
+        name = (contribution.key, contribution.payload_sha256)
+        self._verdicts.pop(name, None)
+        self._payloads.setdefault(name, _Payload(payload))
+        self.receive(Submitted(self._now_s(), contribution))
+        return self.verdict_on(contribution)
+
+    def verdict_on(self, contribution: Contribution) -> Verdict:
+        return self._verdicts.get((contribution.key, contribution.payload_sha256), Verdict("pending"))
+
+    def news(self, island: str, incarnation: int, after: int, done: str) -> News | None:
+        """None: nothing new past `after` and no plan other than `done`. Observers follow with an empty name."""
+        over = ended(self.state) and after >= self.state.index
+        if over:
+            return News("over", reason=self.state.reason)
+        if island and not is_current(self.state.members, island, incarnation):
+            back = may_return(self.state.members, island, incarnation)
+            return News("rejoin" if back else "fenced", reason=f"{island} is held by another process")
+        plan = plan_for(self.state, island, incarnation)
+        plan = None if plan is None or plan.lease_id == done else plan
+        records = self._records_after(after)
+        return News("ok", records, plan) if records or plan else None
+
+    def _records_after(self, after: int) -> tuple[tuple[Record, Bytes], ...]:
+        if after >= self.state.index:
+            return ()
+        recent = tuple(item for item in self._recent if item[0].index > after)
+        if recent and recent[0][0].index == after + 1:
+            return recent
+        record = self._log.records[after + 1]  # a late follower gets one old record at a time
+        return ((record, np.frombuffer(self._log.payload(record), np.uint8)),)
+
+    def snapshot(self) -> SnapshotState:
+        """The newest snapshot, read from the store: joiners need nobody's live memory."""
+        replica = self._new_replica()
+        index = list_snapshots(self._store)[-1]
+        load_snapshot(self._store, index, replica)
+        fragments = [fragment.index for fragment in replica.layout.fragments]
+        return SnapshotState(
+            index,
+            tuple(replica.versions),
+            tuple(replica.parameters(p).numpy() for p in fragments),
+            tuple(tuple(buffer.numpy() for buffer in replica.buffers(p)) for p in fragments),
+        )
+
+    def leave(self, island: str, incarnation: int, reason: str) -> None:
+        self.receive(Left(self._now_s(), island, incarnation, reason))
+
+    def lost(self, island: str, process: str, reason: str) -> None:
+        """The driver's word that a process is gone."""
+        self.receive(Lost(self._now_s(), island, process, reason))
+
+    def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None:
+        self.report.evaluated(index, round, metrics, sample)
+        self._later(self.report.flush)
+
+    def measured(self) -> set[int]:
+        """Outer steps whose parameters are evaluated."""
+        return {event["outer_step"] for event in of_kind(self.report.events, "evaluation")}
+
+    def tick(self) -> None:
+        self.receive(Tick(self._now_s()))
+
+    def fail(self, error: BaseException) -> None:
+        """An error of the store or the machine: nothing is lost, the same command goes on from the last record."""
+        self.report.failed(error if isinstance(error, DiLoCoError) else DiLoCoError(f"{type(error).__name__}: {error}"))
+        self.state = replace(self.state, phase="failed", reason=str(error))
+
+    # ---- receive, reduce, perform ----
+
+    def receive(self, event: Event | None) -> None:
+        if event is None or (ended(self.state) and not isinstance(event, Heartbeat | Left)):
+            return
+        if isinstance(event, Committed):
+            record, payload, reason = self._computed.pop(event.index)
+            self._recent.append((record, payload))
+            self.report.committed(record, reason, len(self.state.alive), payload.size)
+        self.state, commands = reduce(self.state, event)
+        self.report.observe(self.state)
+        for command in commands:
+            self._perform(command)
+        if isinstance(event, Submitted | Inspected | Committed):
+            self._drop_payloads()
+
+    def _perform(self, command: Command) -> None:
+        match command:
+            case Inspect(contribution):
+                self._later(lambda: self._inspect(contribution))
+            case Answer(contribution, verdict):
+                self._verdicts[contribution.key, contribution.payload_sha256] = verdict
+                if verdict.status == "accepted":
+                    self.report.accepted(contribution)
+            case TakeOuterStep():
+                self._later(lambda: self._take_outer_step(command))
+            case CloseRound():
+                self.report.round_closed(command, self.state)
+                if command.snapshot:
+                    self._later(lambda: self._save_snapshot(command.index))
+                self._later(self.report.flush)
+            case Note(text):
+                self.report.note(text)
+            case End(outcome, reason):
+                self.report.ended(outcome, reason)
+                self._later(self.report.flush)
+            case _:
+                assert_never(command)
+
+    def _drop_payloads(self) -> None:
+        held = {(key, item.contribution.payload_sha256) for key, item in self.state.inbox.items()}
+        self._payloads = {name: payload for name, payload in self._payloads.items() if name in held}
+        oldest = min(self.state.versions) - 1
+        self._verdicts = {name: verdict for name, verdict in self._verdicts.items() if name[0][1] >= oldest}
+
+    # ---- jobs: run by `later`, one after the other; the only users of replica and log ----
+
+    def _inspect(self, contribution: Contribution) -> Inspected:
+        name = (contribution.key, contribution.payload_sha256)
+        held = self._payloads[name]
+        norm, problem = 0.0, ""
+        if held.data.size != contribution.payload_bytes or held.data.dtype != np.uint8:
+            problem = f"truncated: {held.data.size} bytes arrived, {contribution.payload_bytes} were announced"
+        elif sha256_hex(held.own().data) != contribution.payload_sha256:
+            problem = "digest: the payload is not what its header says"
+        else:
+            num_values = self._job.layout.fragments[contribution.fragment].num_values
+            norm = inspect_payload(torch.from_numpy(held.data), num_values, self._uplink)
+            problem = "" if np.isfinite(norm) else f"values: the norm of the outer gradient is {norm}"
+        return Inspected(self._now_s(), contribution, norm, problem)
+
+    def _take_outer_step(self, step: TakeOuterStep) -> Committed:
+        keys = [((step.fragment, step.base_version, share.island), share.payload_sha256) for share in step.shares]
+        payloads = [torch.from_numpy(self._payloads[key].data) for key in keys]
+        weights = [share.weight for share in step.shares]
+        combined, digest = self._replica.outer_step(step.fragment, payloads, weights, self._uplink)
+        parent = self._log.tail
+        payload = combined.numpy()
+        payload_sha256 = sha256_hex(payload.data)
+        record = Record(
+            index=parent.index + 1,
+            parent=parent.digest(),
+            run_id=self._job.rules.run_id,
+            fence_epoch=self.fence_epoch,
+            kind="outer_step",
+            fragment=step.fragment,
+            version=step.base_version + 1,
+            round=step.round,
+            codec=self._job.downlink,
+            payload=f"payloads/{parent.index + 1:08d}-{payload_sha256[:12]}.bin",
+            payload_sha256=payload_sha256,
+            shares=step.shares,
+            parameters_digest=digest.parameters,
+            optimizer_digest=digest.optimizer,
+            tokens=dict(step.tokens),
+        )
+        self._log.append(record, payload.data)
+        self._computed[record.index] = (record, payload, step.reason)
+        return Committed(self._now_s(), step.fragment, record.version, record.index)
+
+    def _save_snapshot(self, index: int) -> None:
+        save_snapshot(self._store, index, self._replica, self._log.tail.digest())
+        prune_snapshots(self._store, self._job.keep_snapshots)

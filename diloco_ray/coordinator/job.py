@@ -1,0 +1,22 @@
+"""What a coordinator is told, once."""
+
+from dataclasses import dataclass
+
+from diloco_ray.algorithm.fragments import Layout
+from diloco_ray.algorithm.settings import OuterSettings
+from diloco_ray.coordination.state import Rules
+
+
+@dataclass(frozen=True)
+class CoordinatorJob:
+    """num_sequences: of one epoch of the training set. expected: islands that a first round waits for."""
+
+    rules: Rules
+    layout: Layout
+    outer: OuterSettings
+    downlink: str
+    num_sequences: int
+    sequence_length: int
+    expected: tuple[str, ...]
+    join_timeout_s: float
+    keep_snapshots: int

@@ -1,0 +1,155 @@
+"""What the coordinator tells people: events as they happen, the numbers of each round, and the status document."""
+
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from diloco_ray.coordination.messages import CloseRound, Contribution
+from diloco_ray.coordination.state import RunState
+from diloco_ray.errors import DiLoCoError
+from diloco_ray.log.record import Record
+from diloco_ray.log.run_store import RunStore
+from diloco_ray.observe.events import EventLog
+from diloco_ray.observe.status import BYTES_PER_GRADIENT_VALUE, statistics_of, validation_of
+
+
+class Report:
+    """Sums since the last round, and the run's events. Knows numbers, decides nothing."""
+
+    def __init__(self, store: RunStore, fence_epoch: int, pid: int, num_values: int):
+        self._log = EventLog(store, fence_epoch)
+        self._fence_epoch, self._pid, self._num_values = fence_epoch, pid, num_values
+        self.statistics = statistics_of(self.events)
+        self._round_began_s: float | None = None
+        self._metrics: dict[str, Mapping[str, float]] = {}  # of the open round, by island
+        self._bytes_up = self._bytes_down = self._tokens = 0
+        self._last_round: Mapping[str, Any] = {"alive": 0, "contributed": 0, "applied": 0}
+        self._tokens_per_s: dict[str, float] = {}
+        for event in self.events:
+            self._last_round = event if event["event"] == "round" else self._last_round
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Of all coordinator lives, oldest first."""
+        return self._log.past + self._log.own
+
+    @property
+    def own_events(self) -> list[dict[str, Any]]:
+        return self._log.own
+
+    def flush(self) -> None:
+        self._log.flush()
+
+    # ---- what happens ----
+
+    def started(self, state: RunState) -> None:
+        self._log.add("coordinator", pid=self._pid, fence_epoch=self._fence_epoch, outer_steps=state.index)
+
+    def observe(self, state: RunState) -> None:
+        if self._round_began_s is None and state.plans:
+            self._round_began_s = time.monotonic()
+
+    def note(self, text: str) -> None:
+        self._log.add("decision", text=text)
+
+    def accepted(self, c: Contribution) -> None:
+        self._metrics[c.island] = c.metrics
+        self._bytes_up += c.payload_bytes
+
+    def committed(self, record: Record, reason: str, num_followers: int, payload_bytes: int) -> None:
+        """num_followers: islands that replay this record from the same bytes."""
+        self._bytes_down += num_followers * payload_bytes
+        self._tokens += sum(share.tokens for share in record.shares)
+        self._log.add(
+            "outer_step", outer_step=record.index, fragment=record.fragment, version=record.version, reason=reason
+        )
+
+    def round_closed(self, close: CloseRound, state: RunState) -> None:
+        now_s = time.monotonic()
+        seconds = now_s - (self._round_began_s or now_s)
+        metrics = list(self._metrics.values())
+        steps = state.rules.inner_steps_per_round * close.applied
+        event = {
+            "round": close.round,
+            "outer_step": close.index,
+            "alive": close.alive,
+            "contributed": close.contributed,
+            "applied": close.applied,
+            "loss": _mean(m["loss"] for m in metrics),
+            "gradient_norm": _mean(m["gradient_norm"] for m in metrics),
+            "relative_error": _mean(m["relative_error"] for m in metrics),
+            "tokens": self._tokens,
+            "tokens_per_s": self._tokens / seconds if seconds else 0.0,
+            "inner_s": sum(m["inner_seconds"] for m in metrics),
+            "sync_wait_s": sum(m["sync_wait_seconds"] for m in metrics),
+            "bytes_up": self._bytes_up,
+            "bytes_down": self._bytes_down,
+            "data_parallel_bytes": steps * 2 * BYTES_PER_GRADIENT_VALUE * self._num_values,
+            "seconds": seconds,
+        }
+        self._log.add("round", **event)
+        self.statistics.add_round(event)
+        self._last_round = event
+        for island, m in self._metrics.items():
+            self._tokens_per_s[island] = m["tokens"] / max(m["inner_seconds"], 1e-9)
+        self._metrics, self._bytes_up, self._bytes_down, self._tokens = {}, 0, 0, 0
+        self._round_began_s = now_s
+
+    def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None:
+        self._log.add("evaluation", outer_step=index, round=round, sample=sample, **metrics)
+
+    def ended(self, outcome: str, reason: str) -> None:
+        self._log.add("end", state=outcome, reason=reason)
+
+    def failed(self, error: DiLoCoError) -> None:
+        self._log.add("error", what=error.what, where=error.where, remedy=error.remedy)
+
+    # ---- the status document ----
+
+    def status(self, state: RunState) -> dict[str, Any]:
+        """See README, "A contract for scripts"."""
+        return {
+            "run_id": state.rules.run_id,
+            "state": state.phase,
+            "reason": state.reason,
+            "updated_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "rounds": state.round,
+            "num_rounds": state.rules.num_rounds,
+            "outer_steps": state.index,
+            "islands": [
+                {
+                    "name": member.name,
+                    "state": member.standing,
+                    "reason": member.reason,
+                    "pid": member.pid,
+                    "node": member.node,
+                    "incarnation": member.incarnation,
+                    "round": int(member.progress.get("round", state.round)),
+                    "step": int(member.progress.get("step", 0)),
+                    "steps": int(member.progress.get("steps", state.rules.inner_steps_per_round)),
+                    "tokens_per_s": self._tokens_per_s.get(member.name, 0.0),
+                    "last_seen_s": time.monotonic() - member.last_seen_s if member.last_seen_s else None,
+                }
+                for member in state.members.values()
+            ],
+            "coordinator": {"pid": self._pid, "fence_epoch": self._fence_epoch},
+            "contributions": {key: self._last_round[key] for key in ("alive", "contributed", "applied")},
+            "tokens": state.ledger.account(),
+            "validation": validation_of(self.events),
+            "bytes": {
+                "up": self.statistics.bytes_up,
+                "down": self.statistics.bytes_down,
+                "data_parallel_equivalent": self.statistics.data_parallel_bytes,
+            },
+            "seconds": {
+                "inner": self.statistics.inner_s,
+                "sync_wait": self.statistics.sync_wait_s,
+                "total": self.statistics.total_s,
+            },
+        }
+
+
+def _mean(values: Any) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else float("nan")

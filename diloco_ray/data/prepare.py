@@ -1,0 +1,230 @@
+"""Corpus to packed token shards: every document's tokens, then the end-of-document token, one after the other.
+
+The result depends on the settings and the corpus alone, byte for byte. Work goes in parts: a part is the next documents
+until one split has TOKENS_PER_SHARD tokens, and becomes one shard of each split. After each part a sealed journal is
+replaced, so an interrupted prepare goes on behind the last whole part; manifest.json is written last.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from diloco_ray.data.corpus import Corpus, open_corpus
+from diloco_ray.data.manifest import (
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    Manifest,
+    PreparedFolder,
+    Split,
+    StoredFile,
+    seal,
+    unseal,
+)
+from diloco_ray.data.settings import DataSettings
+from diloco_ray.data.tokenizers import (
+    Encode,
+    build_tokenizer,
+    encoder,
+    tokenizer_files,
+    tokenizer_from_files,
+    vocab_size,
+)
+from diloco_ray.errors import CorruptionError, DataError
+from diloco_ray.ids import canonical_json, sha256_hex
+
+TOKENS_PER_SHARD = 16 * 1024 * 1024
+BATCH_BYTES = 4 * 1024 * 1024
+
+JOURNAL = "journal.json"
+
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True)
+class _Done:
+    """How far a prepare has come. num_read counts documents of the corpus, empty ones too."""
+
+    num_read: int
+    num_parts: int
+    splits: dict[str, Split]
+    files: dict[str, StoredFile]
+
+
+@dataclass
+class _Part:
+    """Tokens that wait to become a shard of each split."""
+
+    num_documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    num_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    tokens: dict[str, list[np.ndarray]] = field(default_factory=lambda: {name: [] for name in SPLITS})
+
+
+def prepare(settings: DataSettings, to: str, *, progress: Progress | None = None) -> Manifest:
+    """Prepares into the folder `to` (any fsspec path), or returns what already lies there for the same settings.
+
+    progress(documents done, documents in all or None) is called after each batch. DataError: a corpus, column or
+    tokenizer that is not there, no text, no validation part, or a folder with data of other settings.
+    """
+    folder = PreparedFolder(to)
+    finished = folder.manifest()
+    if finished is not None:
+        _same_settings(finished, settings, folder)
+        return finished
+    corpus = open_corpus(settings)
+    done = _taken_up(folder, settings, corpus)
+    if done is None:
+        tokenizer = build_tokenizer(settings.tokenizer, lambda: _train_documents(corpus, settings.validation_fraction))
+        texts = {f"{TOKENIZER}{name}": data for name, data in tokenizer_files(tokenizer).items()}
+        files = {name: folder.write(name, data) for name, data in texts.items()}
+        done = _Done(0, 0, {name: Split(0, 0, ()) for name in SPLITS}, files)
+        _note(folder, settings, corpus, done)
+    else:
+        tokenizer = tokenizer_from_files(_read_tokenizer(folder, done))
+    num_tokens = vocab_size(tokenizer)
+    eos_token_id = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    dtype = smallest_dtype(num_tokens)
+    encode = encoder(settings.tokenizer, tokenizer, dtype)
+
+    part, num_read = _Part(), done.num_read
+    for documents in _batches(islice(corpus.documents(), num_read, None)):
+        _add(part, documents, encode, np.array([eos_token_id], dtype), settings.validation_fraction)
+        num_read += len(documents)
+        if max(part.num_tokens.values()) >= TOKENS_PER_SHARD:
+            done = _write(folder, part, replace(done, num_read=num_read))
+            _note(folder, settings, corpus, done)
+            part = _Part()
+        if progress:
+            progress(num_read, corpus.num_documents)
+    done = _write(folder, part, replace(done, num_read=num_read))
+    _both_splits_hold_text(done, settings)
+    manifest = Manifest(
+        settings=settings.content(),
+        corpus={**corpus.description, "num_documents": num_read},
+        tokenizer_digest=_tokenizer_digest(done),
+        vocab_size=num_tokens,
+        eos_token_id=eos_token_id,
+        dtype=dtype.str,
+        splits=done.splits,
+        files=done.files,
+    )
+    folder.write(MANIFEST, manifest.to_bytes())
+    folder.delete(JOURNAL)
+    return manifest
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype:
+    """Unsigned and little-endian, wide enough for ids 0 .. vocab_size - 1."""
+    return np.dtype("u1" if vocab_size <= 2**8 else "<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def in_validation(document: bytes, fraction: float) -> bool:
+    """By the document's sha256 alone: the same in every run, on every machine, and for every copy of it."""
+    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big") < fraction * 2**64
+
+
+def _train_documents(corpus: Corpus, fraction: float) -> Iterator[bytes]:
+    return (document for document in corpus.documents() if not in_validation(document, fraction))
+
+
+def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
+    batch, num_bytes = [], 0
+    for document in documents:
+        batch.append(document)
+        num_bytes += len(document)
+        if num_bytes >= BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _add(part: _Part, documents: list[bytes], encode: Encode, end: np.ndarray, fraction: float) -> None:
+    documents = [document for document in documents if document]
+    for document, tokens in zip(documents, encode(documents)):
+        name = SPLITS[in_validation(document, fraction)]
+        part.tokens[name] += (tokens, end)
+        part.num_tokens[name] += len(tokens) + 1
+        part.num_documents[name] += 1
+
+
+def _write(folder: PreparedFolder, part: _Part, done: _Done) -> _Done:
+    """The part as one more shard of each split that it has documents of."""
+    splits, files = dict(done.splits), dict(done.files)
+    for name, before in done.splits.items():
+        if not part.num_documents[name]:
+            continue
+        shard = f"{name}-{done.num_parts:05d}.bin"
+        files[shard] = folder.write(shard, np.concatenate(part.tokens[name]).tobytes())
+        splits[name] = Split(
+            before.num_documents + part.num_documents[name],
+            before.num_tokens + part.num_tokens[name],
+            (*before.shards, shard),
+        )
+    return replace(done, num_parts=done.num_parts + 1, splits=splits, files=files)
+
+
+def _identity(settings: DataSettings, corpus: Corpus) -> dict[str, Any]:
+    sizes = {"tokens_per_shard": TOKENS_PER_SHARD, "batch_bytes": BATCH_BYTES}
+    return {"settings": settings.content(), "corpus": corpus.description, **sizes}
+
+
+def _note(folder: PreparedFolder, settings: DataSettings, corpus: Corpus, done: _Done) -> None:
+    folder.write(JOURNAL, seal({"identity": _identity(settings, corpus), "done": asdict(done)}))
+
+
+def _taken_up(folder: PreparedFolder, settings: DataSettings, corpus: Corpus) -> _Done | None:
+    """Where an earlier prepare of the same corpus stopped; None, and its shards deleted, where it cannot be used."""
+    data = folder.read(JOURNAL)
+    if data is None:
+        return None
+    try:
+        body = unseal(data, folder.url_of(JOURNAL))
+        entry = body["done"]
+        splits = {name: Split(**{**split, "shards": tuple(split["shards"])}) for name, split in entry["splits"].items()}
+        files = {name: StoredFile(**file) for name, file in entry["files"].items()}
+        done = _Done(entry["num_read"], entry["num_parts"], splits, files)
+    except (CorruptionError, KeyError, TypeError):
+        return None
+    sizes = folder.sizes()
+    whole = all(sizes.get(name) == file.num_bytes for name, file in files.items())
+    if whole and body["identity"] == _identity(settings, corpus):
+        return done
+    for name in files:
+        folder.delete(name)
+    return None
+
+
+def _read_tokenizer(folder: PreparedFolder, done: _Done) -> dict[str, bytes]:
+    names = [name for name in done.files if name.startswith(TOKENIZER)]
+    return {name.removeprefix(TOKENIZER): folder.read(name) or b"" for name in names}
+
+
+def _tokenizer_digest(done: _Done) -> str:
+    return sha256_hex(
+        canonical_json({name: file.sha256 for name, file in done.files.items() if name.startswith(TOKENIZER)})
+    )
+
+
+def _same_settings(manifest: Manifest, settings: DataSettings, folder: PreparedFolder) -> None:
+    old, new = manifest.settings, settings.content()
+    differences = [f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in new if old.get(key) != new[key]]
+    if differences:
+        what = f"the folder holds data of other settings: {'; '.join(differences)}"
+        raise DataError(what, where=folder.url, remedy="choose another data.prepared, or delete this folder")
+
+
+def _both_splits_hold_text(done: _Done, settings: DataSettings) -> None:
+    counts = {name: split.num_documents for name, split in done.splits.items()}
+    total = sum(counts.values())
+    for name, number in counts.items():
+        if not number:
+            fraction = min(0.4, 10 / total)
+            what = f"none of {total} documents fell into the {name} part at {settings.validation_fraction=!r}"
+            what = what.replace("settings.", "")
+            remedy = f"set data.validation_fraction to {fraction:.2g}" if total > 2 else "give more text"
+            raise DataError(what, where="data.validation_fraction", remedy=remedy)

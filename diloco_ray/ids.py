@@ -1,0 +1,27 @@
+"""Identities: names, digests and the canonical bytes that digests are taken of. Knows nothing of what they identify."""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+PROTOCOL_VERSION = 1
+
+
+def new_run_id() -> str:
+    return uuid.uuid4().hex
+
+
+def island_name(number: int) -> str:
+    """Names sort in the order of their numbers up to 100 islands: sums run in island order."""
+    return f"island-{number:02d}"
+
+
+def sha256_hex(data: bytes | bytearray | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical_json(body: Mapping[str, Any]) -> bytes:
+    """One byte string per value: sorted keys, no spaces, UTF-8, no NaN. What is digested is always this."""
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

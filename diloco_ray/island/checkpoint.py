@@ -1,0 +1,62 @@
+"""An island's own checkpoint: the inner optimizer's state at the start of a round.
+
+It is written before the round's contribution is submitted, and the one before it is kept: whatever the coordinator
+has committed when everything stops, the island can go on from there bit for bit. Parameters are not in it; they come
+from the log.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from diloco_ray.errors import CorruptionError
+from diloco_ray.island.inner_optimizer import load_state_tensors_, state_tensors
+from diloco_ray.log.run_store import RunStore
+from diloco_ray.log.snapshot import load_tensors, save_tensors
+
+KEPT = 2
+
+
+@dataclass
+class IslandCheckpoints:
+    """The checkpoints of one island, by round, in a folder of its own."""
+
+    store: RunStore
+    run_id: str
+
+    def save(self, round: int, optimizer: torch.optim.Optimizer, own_steps: int | None) -> None:
+        """own_steps: see `learning_rate_at`."""
+        meta = {"run_id": self.run_id, "round": round, "own_steps": own_steps}
+        save_tensors(self.store, _path(round), state_tensors(optimizer), meta)
+        for old in self.rounds()[:-KEPT]:
+            self.delete(old)
+
+    def load_(self, round: int, optimizer: torch.optim.Optimizer) -> tuple[int, int | None] | None:
+        """Loads the newest checkpoint at or before `round`; returns its round and own_steps, or None if there is none.
+
+        A damaged one, or one of another run, is passed over: an older one or a fresh start is right as well.
+        """
+        for candidate in reversed([r for r in self.rounds() if r <= round]):
+            try:
+                tensors, meta = load_tensors(self.store, _path(candidate))
+            except CorruptionError:
+                continue
+            if meta["run_id"] == self.run_id:
+                load_state_tensors_(optimizer, tensors)
+                return candidate, meta["own_steps"]
+        return None
+
+    def rounds(self) -> list[int]:
+        names = self.store.list("")
+        return sorted(
+            int(name.removesuffix(".json")) for name in names if name.endswith(".json") and name[:-5].isdigit()
+        )
+
+    def delete(self, round: int) -> None:
+        for path in (f"{_path(round)}.json", f"{_path(round)}.safetensors"):
+            if self.store.exists(path):
+                self.store.delete(path)
+
+
+def _path(round: int) -> str:
+    return f"{round:08d}"

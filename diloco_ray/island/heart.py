@@ -1,0 +1,56 @@
+"""An island's heart: a thread that tells the coordinator, while the training thread is busy, that the island lives.
+
+It also hears what the coordinator has to say: a restarted one does not know the island yet, a later round may have
+made the work in hand void, another process may hold the name.
+"""
+
+import threading
+
+from diloco_ray.errors import DiLoCoError, FencedError
+from diloco_ray.island.worker import Island, RoundAbandonedError
+from diloco_ray.transport.protocol import Beat, Transport
+
+
+class Heart:
+    """Beats from construction to `stop`. Bad news reaches the training thread between two inner steps."""
+
+    def __init__(self, island: Island, transport: Transport, every_s: float):
+        self._island, self._transport, self._every_s = island, transport, every_s
+        self._void_lease = ""
+        self._error: DiLoCoError | None = None
+        self._stopped = threading.Event()
+        island.on_step = self._on_step
+        self._thread = threading.Thread(target=self._beat_on, name="heart", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _on_step(self, step: int) -> None:
+        if self._error:
+            raise self._error
+        plan = self._island.plan
+        if plan and plan.lease_id == self._void_lease:
+            raise RoundAbandonedError
+
+    def _beat_on(self) -> None:
+        while not self._stopped.wait(self._every_s):
+            try:
+                self._beat()
+            except DiLoCoError as error:
+                self._error = error
+                return
+
+    def _beat(self) -> None:
+        island, plan = self._island, self._island.plan
+        lease_id = plan.lease_id if plan else ""
+        order = self._transport.beat(Beat(island.identity.island, island.incarnation, lease_id, island.progress))
+        match order:
+            case "go_on":
+                pass
+            case "abandon":
+                self._void_lease = lease_id
+            case "rejoin":
+                island.say_hello()
+            case "fenced":
+                raise FencedError("another process took this island's name", where=island.identity.island)

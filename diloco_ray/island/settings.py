@@ -1,0 +1,38 @@
+"""The inner loop: what a recipe says under `inner`."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class InnerSettings(BaseModel):
+    """H inner steps of AdamW per round, per island (arXiv 2311.08105, Algorithm 1, lines 5-8)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps_per_round: int = Field(100, ge=1, description="H: inner steps between two outer steps")
+    batch_size: int = Field(8, ge=1, description="sequences per inner step and island")
+    accumulate: int = Field(1, ge=1, description="equal parts that a batch is computed in")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(4e-4, gt=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0, description="global inner steps")
+    final_learning_rate_ratio: float = Field(0.05, ge=0, le=1, description="of cosine (arXiv 2503.09799: to 5 %)")
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_norm: float | None = Field(1.0, gt=0, description="of the inner gradients; outer gradients are not clipped")
+    joiner_ramp_steps: int = Field(20, ge=0, description="learning-rate ramp of an island without optimizer state")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the forward and backward pass")
+    compile: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(1, ge=1, description="CPU threads of one island; null leaves torch's own choice")
+    checkpoints: str | None = Field(
+        None, description="where islands keep optimizer state (default: the run folder if local, else a local cache)"
+    )
+
+    @model_validator(mode="after")
+    def _parts_are_equal(self) -> "InnerSettings":
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
+        return self

@@ -1,0 +1,1 @@
+"""The model: built, measured, exported."""

@@ -1,0 +1,49 @@
+"""The numbers of a run: kept while it goes on, rebuilt from its events after a restart, printed by `status --json`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diloco_ray.observe.events import of_kind
+
+BYTES_PER_GRADIENT_VALUE = 4  # data parallel would exchange float32 gradients, up and down, every inner step
+
+
+@dataclass
+class Statistics:
+    """Sums over a run's rounds. Bytes are payload bytes over the islands' links; seconds are island-seconds.
+
+    data_parallel_bytes: what the same islands and inner steps would have exchanged with a float32 gradient up and down
+    in every inner step.
+    """
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    data_parallel_bytes: int = 0
+    inner_s: float = 0.0
+    sync_wait_s: float = 0.0
+    total_s: float = 0.0  # wall clock, from each life's first plan on
+
+    def add_round(self, event: Mapping[str, Any]) -> None:
+        self.bytes_up += event["bytes_up"]
+        self.bytes_down += event["bytes_down"]
+        self.data_parallel_bytes += event["data_parallel_bytes"]
+        self.inner_s += event["inner_s"]
+        self.sync_wait_s += event["sync_wait_s"]
+        self.total_s += event["seconds"]
+
+
+def statistics_of(events: Sequence[Mapping[str, Any]]) -> Statistics:
+    statistics = Statistics()
+    for event in of_kind(events, "round"):
+        statistics.add_round(event)
+    return statistics
+
+
+def validation_of(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """First, last and best held-out loss of the outer parameters, each with its outer step; empty before the first."""
+    found = {event["outer_step"]: event["loss"] for event in of_kind(events, "evaluation")}
+    points = [{"outer_step": step, "loss": loss} for step, loss in sorted(found.items())]
+    if not points:
+        return {"first": None, "last": None, "best": None}
+    return {"first": points[0], "last": points[-1], "best": min(points, key=lambda point: point["loss"])}

@@ -1,0 +1,271 @@
+"""A run's folder: made from a recipe, or taken up again if the recipe still means the same run.
+
+run.json      who the run is: recipe, model layout, data digest; written once
+log/ payloads/ snapshots/ fences/     the log of outer steps (room `log`)
+events/ status.json                   what people see
+islands/                              the islands' own checkpoints
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diloco_ray.algorithm.codecs import get_codec
+from diloco_ray.algorithm.fragments import Layout, partition
+from diloco_ray.algorithm.replica import Replica
+from diloco_ray.config import RunConfig, differences
+from diloco_ray.coordination.state import Rules
+from diloco_ray.coordinator.job import CoordinatorJob
+from diloco_ray.data.prepare import prepare
+from diloco_ray.data.shards import TokenShards
+from diloco_ray.errors import DataError, RunMismatchError
+from diloco_ray.ids import island_name, new_run_id
+from diloco_ray.island.evaluator import EvaluationPlan
+from diloco_ray.island.worker import IslandJob
+from diloco_ray.log.record import Record, model_digest, seal, unseal
+from diloco_ray.log.run_log import RunLog
+from diloco_ray.log.run_store import RunStore
+from diloco_ray.log.snapshot import save_snapshot
+from diloco_ray.model.build import build_model, parameter_shapes, trainable_parameters
+
+FORMAT_VERSION = 1
+DOCUMENT = "run.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run: its folder, its document, and the recipe it is driven by now."""
+
+    store: RunStore
+    config: RunConfig
+    document: Mapping[str, Any]
+
+    @property
+    def run_id(self) -> str:
+        return self.document["run_id"]
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.from_dict(self.document["layout"])
+
+    def coordinator_job(self, num_expected: int | None = None) -> CoordinatorJob:
+        """num_expected: islands that a first round waits for (default: the most there may be)."""
+        config, sync, layout = self.config, self.config.sync, self.layout
+        uplink = get_codec(sync.uplink)
+        expected = config.max_islands if num_expected is None else num_expected
+        rules = Rules(
+            run_id=self.run_id,
+            num_rounds=config.rounds,
+            inner_steps_per_round=config.inner.steps_per_round,
+            sequences_per_inner_step=config.inner.batch_size,
+            num_fragments=len(layout.fragments),
+            min_islands=config.min_islands,
+            max_islands=config.max_islands,
+            uplink=sync.uplink,
+            payload_bytes=tuple(uplink.num_bytes(fragment.num_values) for fragment in layout.fragments),
+            quorum=sync.quorum or config.min_islands,
+            grace_s=sync.grace_s,
+            heartbeat_timeout_s=sync.heartbeat_timeout_s,
+            waiting_timeout_s=sync.waiting_timeout_s,
+            weighting=sync.weighting,
+            snapshot_every_rounds=config.storage.snapshot_every_rounds,
+            max_norm_ratio=sync.max_norm_ratio,
+        )
+        return CoordinatorJob(
+            rules=rules,
+            layout=layout,
+            outer=config.outer,
+            downlink=sync.downlink,
+            num_sequences=self.document["num_sequences"],
+            sequence_length=config.data.sequence_length,
+            expected=tuple(island_name(number) for number in range(expected)),
+            join_timeout_s=sync.join_timeout_s,
+            keep_snapshots=config.storage.keep_snapshots,
+        )
+
+    def island_job(self) -> IslandJob:
+        config = self.config
+        cache = Path(os.path.expanduser("~/.cache/diloco_ray")) / self.run_id
+        own = self.store.url if self.store.is_local else str(cache)
+        return IslandJob(
+            run_id=self.run_id,
+            seed=config.seed,
+            num_inner_steps=config.num_inner_steps,
+            layout=self.layout,
+            data=config.data,
+            prepared_url=self.document["prepared"],
+            model=config.model,
+            inner=config.inner,
+            outer=config.outer,
+            uplink=config.sync.uplink,
+            downlink=config.sync.downlink,
+            checkpoints_url=f"{config.inner.checkpoints or own}/islands",
+        )
+
+    def evaluation_plan(self) -> EvaluationPlan:
+        settings = self.config.evaluation
+        return EvaluationPlan(
+            every_rounds=settings.every_rounds,
+            num_rounds=self.config.rounds,
+            num_sequences=settings.num_sequences,
+            batch_size=settings.batch_size,
+            prompt=settings.prompt,
+            sample_tokens=settings.sample_tokens,
+        )
+
+
+def open_run(config: RunConfig, *, progress: Callable[[int, int | None], None] | None = None) -> Run:
+    """Prepares the data, creates or takes up the run's folder. Everything that can be refused is refused here."""
+    store = RunStore(config.run_url)
+    store.probe()
+    document = _existing(store)
+    if document:
+        _check_same_run(store, document, config)
+    shards = _open_data(config, progress)
+    if document:
+        _check_same_data(store, document, shards)
+    else:
+        document = _create(store, config, shards)
+    run = Run(store, config, document)
+    _write_beginning(run)
+    return run
+
+
+def read_run(url: str) -> Run:
+    """A run that is there already, with the recipe it was begun with."""
+    store = RunStore(url)
+    if not store.exists(DOCUMENT):
+        raise RunMismatchError(
+            f"no run at {store.url}: it has no {DOCUMENT}",
+            where=store.url,
+            remedy="name the run's folder, such as runs/quickstart",
+        )
+    document = unseal(store.read(DOCUMENT), store.url_of(DOCUMENT))
+    return Run(store, RunConfig.from_dict(document["config"], where=store.url_of(DOCUMENT)), document)
+
+
+def replica_of(document: Mapping[str, Any]) -> Replica:
+    """An empty replica of the run that this document names."""
+    config = RunConfig.from_dict(document["config"])
+    return Replica(Layout.from_dict(document["layout"]), config.outer.build(), get_codec(config.sync.downlink))
+
+
+# ---- refusals ----
+
+
+def _existing(store: RunStore) -> Mapping[str, Any] | None:
+    if store.exists(DOCUMENT):
+        return unseal(store.read(DOCUMENT), store.url_of(DOCUMENT))
+    foreign = [name for name in store.list("") if not name.startswith(".")]
+    if foreign:
+        raise RunMismatchError(
+            f"the run's folder has files but no {DOCUMENT}: {', '.join(foreign[:5])}",
+            where=store.url,
+            remedy="choose another `name` or `storage.path`, or empty the folder",
+        )
+    return None
+
+
+def _check_same_run(store: RunStore, document: Mapping[str, Any], config: RunConfig) -> None:
+    if document["format"] != FORMAT_VERSION:
+        raise RunMismatchError(
+            f"written in format {document['format']}, this version reads {FORMAT_VERSION}",
+            where=store.url_of(DOCUMENT),
+            remedy="use the version of diloco_ray that began the run",
+        )
+    changed = differences(document["identity"], config.identity())
+    if changed:
+        raise RunMismatchError(
+            "this folder holds a run with another recipe:\n    " + "\n    ".join(changed),
+            where=store.url,
+            remedy="give the run another `--name`, or change these fields back to take the old run up again",
+        )
+
+
+def _open_data(config: RunConfig, progress: Callable[[int, int | None], None] | None) -> TokenShards:
+    """Prepares what is not prepared, and refuses data that cannot fill one round or be measured on."""
+    prepare(config.data, config.prepared_url, progress=progress)
+    shards = TokenShards.open(config.prepared_url)
+    length, batch = config.data.sequence_length, config.inner.batch_size
+    num_train = shards.split("train").num_sequences(length)
+    if num_train < batch:
+        raise DataError(
+            f"the training set has {num_train} sequences of {length} tokens, one batch needs {batch}",
+            where=config.prepared_url,
+            remedy="use more text, a shorter data.sequence_length or a smaller inner.batch_size",
+        )
+    shards.split("validation").num_sequences(length)  # raises where not even one is left
+    return shards
+
+
+def _check_same_data(store: RunStore, document: Mapping[str, Any], shards: TokenShards) -> None:
+    if document["data_digest"] != shards.manifest.digest:
+        raise RunMismatchError(
+            f"begun on data {document['data_digest'][:12]}, prepared now is {shards.manifest.digest[:12]}",
+            where=store.url,
+            remedy="name the run's own shards in data.prepared, or begin a new run with another `--name`",
+        )
+
+
+# ---- the beginning of the log ----
+
+
+def _create(store: RunStore, config: RunConfig, shards: TokenShards) -> Mapping[str, Any]:
+    model = _model(config, shards)
+    layout = partition(parameter_shapes(model), config.sync.fragments)
+    body = {
+        "format": FORMAT_VERSION,
+        "run_id": new_run_id(),
+        "config": config.model_dump(mode="json"),
+        "identity": config.identity(),
+        "layout": layout.to_dict(),
+        "prepared": RunStore(config.prepared_url).url,
+        "data_digest": shards.manifest.digest,
+        "num_sequences": shards.split("train").num_sequences(config.data.sequence_length),
+    }
+    try:
+        store.create(DOCUMENT, seal(body))
+    except FileExistsError as error:
+        raise RunMismatchError(
+            "another process began a run in this folder at this moment",
+            where=store.url,
+            remedy="give the command again",
+        ) from error
+    return body
+
+
+def _model(config: RunConfig, shards: TokenShards) -> Any:
+    manifest = shards.manifest
+    return build_model(
+        config.model, seed=config.seed, vocab_size=manifest.vocab_size, eos_token_id=manifest.eos_token_id
+    )
+
+
+def _write_beginning(run: Run) -> None:
+    """Snapshot 0 and record 0: one initialisation for all replicas. Done again, it writes the same."""
+    if RunLog.open(run.store).records:
+        return
+    replica = replica_of(run.document)
+    replica.load_from_(trainable_parameters(_model(run.config, TokenShards.open(run.document["prepared"]))))
+    digest = model_digest([replica.digest(fragment.index) for fragment in replica.layout.fragments])
+    record = Record(
+        index=0,
+        parent="",
+        run_id=run.run_id,
+        fence_epoch=0,
+        kind="init",
+        fragment=0,
+        version=0,
+        round=0,
+        codec=run.config.sync.downlink,
+        payload="",
+        payload_sha256="",
+        shares=(),
+        parameters_digest=digest.parameters,
+        optimizer_digest=digest.optimizer,
+        tokens=dict.fromkeys(("leased", "committed", "rejected", "expired", "rewound", "outstanding"), 0),
+    )
+    save_snapshot(run.store, 0, replica, record.digest())
+    RunLog.open(run.store).append(record)

@@ -1,0 +1,82 @@
+"""The Ray cluster: connecting to one or starting one, and whether it can hold the islands."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from diloco_ray.config import ClusterSettings
+from diloco_ray.errors import ClusterError
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """This process's own Ray, else the one that `address` or RAY_ADDRESS names, else a local one for this run."""
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    with tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as scratch:
+        try:
+            if address and address != "local":
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                # A bare init would follow a stale cluster file; the path is short because sockets' paths must be.
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=scratch,
+                )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(
+                f"no Ray cluster answers: {error}",
+                where=address or "local",
+                remedy="start one with `ray start --head`, or leave the address out to start a local one",
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def num_placeable(settings: ClusterSettings) -> int:
+    """How many islands the nodes of this moment can hold, by their total resources and labels."""
+    return sum(_fits(node, settings) for node in ray.nodes() if node["Alive"])
+
+
+def _fits(node: dict[str, Any], settings: ClusterSettings) -> int:
+    labels = node.get("Labels", {})
+    if any(labels.get(key) != value for key, value in settings.label_selector.items()):
+        return 0
+    wanted = {name: amount for name, amount in settings.island_resources.items() if amount > 0}
+    return min(int(node["Resources"].get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items())
+
+
+def describe_shortage(settings: ClusterSettings, least: int) -> str:
+    """What the cluster lacks for the least islands, in numbers."""
+    placeable = num_placeable(settings)
+    have = ray.cluster_resources()
+    names = [name for name, amount in settings.island_resources.items() if amount > 0]
+    parts = [
+        f"{name}: {settings.island_resources[name] * least:g} needed, {have.get(name, 0.0):g} in the cluster"
+        for name in names
+    ]
+    labels = f" on nodes labelled {settings.label_selector}" if settings.label_selector else ""
+    return f"the cluster can place {placeable} of at least {least} islands{labels} ({'; '.join(parts)})"
+
+
+def actor_options(resources: Mapping[str, float], label_selector: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Ray's options for an actor that asks for these resources on nodes with these labels."""
+    others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
+    options: dict[str, Any] = {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0)}
+    if others:
+        options["resources"] = others
+    if label_selector:
+        options["label_selector"] = dict(label_selector)
+    return options

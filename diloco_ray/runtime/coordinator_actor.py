@@ -1,0 +1,140 @@
+"""The coordinator as a Ray actor: one asyncio loop that alone touches its state, one thread for tensors and files.
+
+Joins, heartbeats and submissions are answered while an outer step is computed; followers wait in the loop for news.
+Ray restarts a dead coordinator with empty memory; the new life takes the next fence and replays the log.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import ray
+
+from diloco_ray.coordination.messages import Contribution, Verdict
+from diloco_ray.coordinator.coordinator import Coordinator, Job
+from diloco_ray.coordinator.job import CoordinatorJob
+from diloco_ray.ids import canonical_json
+from diloco_ray.log.run_store import RunStore
+from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
+
+STATUS = "status.json"
+TICK_S = 0.5
+REMOTE_STATUS_EVERY_S = 10.0  # a bucket is not asked more often than this
+VERDICT_TIMEOUT_S = 50.0  # under one attempt of a caller, which then asks again
+
+
+@ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=0, max_concurrency=1000)
+class CoordinatorActor:
+    """See `diloco_ray.coordinator`. Methods mirror the transport's."""
+
+    def __init__(self, run_url: str, job: CoordinatorJob):
+        self._store = RunStore(run_url)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="tensors")
+        self._files = ThreadPoolExecutor(1, thread_name_prefix="files")
+        holder = f"pid {os.getpid()} on {ray.util.get_node_ip_address()}"
+        self._coordinator = Coordinator(self._store, job, later=self._run_later, holder=holder, pid=os.getpid())
+        self._changed = asyncio.Event()
+        self._clock: asyncio.Task[None] | None = None
+
+    # ---- doors ----
+
+    async def join(self, hello: Hello) -> Welcome:
+        return self._heard(self._coordinator.join(hello))
+
+    async def beat(self, beat: Beat) -> Order:
+        return self._coordinator.beat(beat)
+
+    async def submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
+        verdict = self._heard(self._coordinator.submit(contribution, payload))
+        until = asyncio.get_running_loop().time() + VERDICT_TIMEOUT_S
+        while verdict.status == "pending" and asyncio.get_running_loop().time() < until:
+            await self._change(until - asyncio.get_running_loop().time())
+            verdict = self._coordinator.verdict_on(contribution)
+        return Verdict("unknown") if verdict.status == "pending" else verdict
+
+    async def follow(self, island: str, incarnation: int, after: int, wait_s: float, done: str) -> News:
+        until = asyncio.get_running_loop().time() + wait_s
+        while True:
+            news = self._coordinator.news(island, incarnation, after, done)
+            left_s = until - asyncio.get_running_loop().time()
+            if news or left_s <= 0:
+                return news or News("ok")
+            await self._change(left_s)
+
+    async def measured(self) -> set[int]:
+        return self._coordinator.measured()
+
+    async def snapshot(self) -> SnapshotState:
+        return await asyncio.get_running_loop().run_in_executor(self._files, self._coordinator.snapshot)
+
+    async def leave(self, island: str, incarnation: int, reason: str) -> None:
+        self._heard(self._coordinator.leave(island, incarnation, reason))
+
+    async def lost(self, island: str, process: str, reason: str) -> None:
+        self._heard(self._coordinator.lost(island, process, reason))
+
+    async def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None:
+        self._heard(self._coordinator.evaluated(index, round, metrics, sample))
+
+    async def watch(self, fence_epoch: int, num_seen: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The status document and what is new: this life's events, past num_seen if those were of this life too."""
+        self._heard(None)
+        skip = num_seen if fence_epoch == self._coordinator.fence_epoch else 0
+        return self._status(), self._coordinator.report.own_events[skip:]
+
+    async def finish(self) -> dict[str, Any]:
+        """Waits until everything is written; the last status."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._worker, self._coordinator.report.flush)
+        if self._clock:
+            self._clock.cancel()
+        await loop.run_in_executor(self._files, self._write_status, self._status())
+        return self._status()
+
+    # ---- the loop ----
+
+    def _heard(self, answer: Any) -> Any:
+        """After whatever may have changed the state: wakes those who wait, and keeps the clock going."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+        if self._clock is None:
+            self._clock = asyncio.get_running_loop().create_task(self._keep_time())
+        return answer
+
+    async def _change(self, timeout_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+
+    async def _keep_time(self) -> None:
+        loop = asyncio.get_running_loop()
+        written_s = 0.0
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._coordinator.tick()
+            self._heard(None)
+            every_s = TICK_S if self._store.is_local else REMOTE_STATUS_EVERY_S
+            if loop.time() - written_s >= every_s:
+                written_s = loop.time()
+                await loop.run_in_executor(self._files, self._write_status, self._status())
+
+    def _status(self) -> dict[str, Any]:
+        return self._coordinator.report.status(self._coordinator.state)
+
+    def _write_status(self, status: dict[str, Any]) -> None:
+        self._store.write(STATUS, canonical_json(status))
+
+    def _run_later(self, job: Job) -> None:
+        loop = asyncio.get_running_loop()
+        future = self._worker.submit(job)
+        future.add_done_callback(lambda done: loop.call_soon_threadsafe(self._done, done))
+
+    def _done(self, future: "Future[Any]") -> None:
+        error = future.exception()
+        if error is not None:
+            self._coordinator.fail(error)
+        else:
+            self._coordinator.receive(future.result())
+        self._heard(None)

@@ -1,0 +1,216 @@
+"""The driver: opens the run, starts coordinator, islands and evaluator on Ray, keeps them there, tells how it goes.
+
+It decides nothing about training. It brings back islands that died, says so to the coordinator, and waits, always
+with a deadline, for the coordinator to say that the run is over.
+"""
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import exceptions
+
+from diloco_ray.errors import ClusterError, DataError, DeadlineError, DiLoCoError
+from diloco_ray.ids import island_name
+from diloco_ray.run import Run
+from diloco_ray.runtime.cluster import actor_options, describe_shortage, num_placeable
+from diloco_ray.runtime.coordinator_actor import CoordinatorActor
+from diloco_ray.runtime.island_actor import EvaluatorActor, IslandActor
+
+POLL_S = 0.25
+EVALUATION_TIMEOUT_S = 600.0  # for what is left to measure when training is over
+MAX_EVALUATOR_FAILURES = 3
+
+Watcher = Callable[[dict[str, Any], list[dict[str, Any]]], None]  # status, new events
+
+
+@dataclass
+class Life:
+    """One process of one island."""
+
+    name: str
+    process: str
+    actor: Any
+
+
+def train_on_ray(run: Run, watch: Watcher) -> dict[str, Any]:
+    """Trains to the end; returns the last status. Raises ClusterError or the error that ended the run."""
+    _wait_for_places(run, watch)
+    driver = _Driver(run, watch)
+    try:
+        return driver.run_to_the_end()
+    finally:
+        driver.stop()
+
+
+def _wait_for_places(run: Run, watch: Watcher) -> None:
+    cluster, least = run.config.cluster, run.config.min_islands
+    until = time.monotonic() + cluster.placement_timeout_s
+    told = False
+    while num_placeable(cluster) < least:
+        shortage = describe_shortage(cluster, least)
+        if not told:
+            watch({}, [{"event": "decision", "text": f"{shortage}; waiting up to {cluster.placement_timeout_s:g} s"}])
+            told = True
+        if time.monotonic() > until:
+            raise ClusterError(
+                f"{shortage} after {cluster.placement_timeout_s:g} s",
+                where="cluster.island_resources",
+                remedy="add nodes, lower `islands`, or ask for less (--set cluster.island_resources.CPU=0.5)",
+            )
+        time.sleep(POLL_S)
+
+
+class _Driver:
+    def __init__(self, run: Run, watch: Watcher):
+        self._run, self._watch = run, watch
+        self._silence_s = run.config.sync.coordinator_timeout_s
+        expected = min(run.config.max_islands, num_placeable(run.config.cluster))
+        name = f"coordinator-{run.run_id}-{uuid.uuid4().hex[:6]}"
+        self._coordinator = CoordinatorActor.options(name=name).remote(run.store.url, run.coordinator_job(expected))
+        self._seen = (0, 0)  # fence epoch, and how many of its events
+        self._lives: dict[Any, Life] = {}
+        self._failures: dict[str, int] = {}
+        self._evaluation: Any = None
+        self._evaluator: Any = None
+        self._evaluator_failures = 0
+
+    def run_to_the_end(self) -> dict[str, Any]:
+        status, events = self._ask()
+        self._show(status, events)
+        if status["state"] not in ("succeeded", "failed"):
+            for number in range(self._run.config.max_islands):
+                self._start_island(island_name(number))
+        self._start_evaluator()
+        while status["state"] not in ("succeeded", "failed"):
+            self._tend()
+            status, events = self._ask()
+            self._show(status, events)
+        self._raise_if_failed(status)
+        return self._finish()
+
+    def stop(self) -> None:
+        for actor in [life.actor for life in self._lives.values()] + [self._evaluator, self._coordinator]:
+            if actor is not None:
+                ray.kill(actor, no_restart=True)
+
+    # ---- islands ----
+
+    def _start_island(self, name: str) -> None:
+        process = uuid.uuid4().hex
+        cluster = self._run.config.cluster
+        actor = IslandActor.options(**actor_options(cluster.island_resources, cluster.label_selector)).remote()
+        sync = self._run.config.sync
+        ref = actor.live.remote(
+            self._run.island_job(), name, process, self._coordinator, sync.heartbeat_every_s, self._silence_s
+        )
+        self._lives[ref] = Life(name, process, actor)
+
+    def _start_evaluator(self) -> None:
+        resources = self._run.config.evaluation.resources
+        self._evaluator = EvaluatorActor.options(**actor_options(resources)).remote()
+        self._evaluation = self._evaluator.live.remote(
+            self._run.island_job(), self._run.evaluation_plan(), self._coordinator, self._silence_s
+        )
+
+    def _tend(self) -> None:
+        """Waits a moment for processes that end, and brings them back."""
+        ended, _ = ray.wait([*self._lives, self._evaluation], num_returns=1, timeout=POLL_S)
+        for ref in ended:
+            if ref == self._evaluation:
+                self._tend_evaluator()
+            else:
+                self._tend_island(self._lives.pop(ref), ref)
+
+    def _tend_island(self, life: Life, ref: Any) -> None:
+        try:
+            ray.get(ref, timeout=POLL_S)
+            return  # the run is over for it
+        except exceptions.RayError as error:
+            reason = _reason(error)
+            self._failures[life.name] = self._failures.get(life.name, 0) + 1
+            if _is_hopeless(error) or self._failures[life.name] > self._run.config.cluster.max_island_failures:
+                raise ClusterError(
+                    f"{life.name} failed {self._failures[life.name]} times, last: {reason}",
+                    where=life.name,
+                    remedy="mend the cause; the same command goes on from the last committed record",
+                ) from error
+        self._try(self._coordinator.lost.remote(life.name, life.process, reason))
+        self._start_island(life.name)
+
+    def _tend_evaluator(self) -> None:
+        try:
+            ray.get(self._evaluation, timeout=POLL_S)
+        except exceptions.RayError as error:
+            self._evaluator_failures += 1
+            if self._evaluator_failures > MAX_EVALUATOR_FAILURES:
+                raise ClusterError(f"the evaluator failed: {_reason(error)}", where="evaluator") from error
+            self._start_evaluator()
+
+    # ---- the coordinator ----
+
+    def _ask(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Status and new events; while Ray restarts the coordinator, waits, but not for ever."""
+        until = time.monotonic() + self._silence_s
+        while True:
+            try:
+                return ray.get(self._coordinator.watch.remote(*self._seen), timeout=30.0)
+            except exceptions.RayTaskError:
+                raise
+            except (exceptions.RayActorError, exceptions.GetTimeoutError) as error:
+                if _is_hopeless(error):
+                    raise ClusterError(
+                        f"the coordinator cannot start: {_reason(error)}", where=self._run.store.url
+                    ) from error
+                if time.monotonic() > until:
+                    raise DeadlineError(
+                        f"the coordinator did not answer for {self._silence_s:g} s: {_reason(error)}",
+                        where=self._run.store.url,
+                        remedy="give the same command again: it goes on from the last committed record",
+                    ) from error
+                time.sleep(POLL_S)
+
+    def _show(self, status: dict[str, Any], events: list[dict[str, Any]]) -> None:
+        fence_epoch, num_seen = status["coordinator"]["fence_epoch"], self._seen[1]
+        self._seen = (fence_epoch, (num_seen if fence_epoch == self._seen[0] else 0) + len(events))
+        self._watch(status, events)
+
+    def _try(self, ref: Any) -> None:
+        """A message whose loss the heartbeats make good."""
+        try:
+            ray.get(ref, timeout=10.0)
+        except (exceptions.RayActorError, exceptions.GetTimeoutError):
+            return
+
+    def _raise_if_failed(self, status: dict[str, Any]) -> None:
+        if status["state"] == "failed":
+            raise DiLoCoError(
+                f"the run failed: {status['reason']}",
+                where=self._run.store.url,
+                remedy="mend the cause; the same command goes on from the last committed record",
+            )
+
+    def _finish(self) -> dict[str, Any]:
+        """Lets the evaluator measure the last outer step, then has everything written."""
+        until = time.monotonic() + EVALUATION_TIMEOUT_S
+        while not ray.wait([self._evaluation], timeout=POLL_S)[0]:
+            if time.monotonic() > until:
+                raise DeadlineError(f"the evaluator did not finish in {EVALUATION_TIMEOUT_S:g} s", where="evaluator")
+            self._show(*self._ask())
+        self._tend_evaluator()
+        self._show(*self._ask())
+        return ray.get(self._coordinator.finish.remote(), timeout=60.0)
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.cause if isinstance(error, exceptions.RayTaskError) else error
+    text = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {text[0]}" if text else type(cause).__name__
+
+
+def _is_hopeless(error: BaseException) -> bool:
+    """Errors that a restart meets again."""
+    return isinstance(error, exceptions.RayTaskError) and isinstance(error.cause, DataError)

@@ -1,0 +1,1 @@
+"""The engine without a cluster: the same coordinator, log and islands in one process."""

@@ -1,0 +1,1 @@
+"""The way between islands and coordinator: one protocol, one class per carrier."""

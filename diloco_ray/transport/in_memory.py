@@ -1,0 +1,57 @@
+"""The shortest way: direct calls to a coordinator in the same process, which answers at once and never waits."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from diloco_ray.coordination.messages import Contribution, Verdict
+from diloco_ray.errors import DeadlineError
+from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
+
+
+class Doors(Protocol):
+    """What a coordinator offers to its carriers."""
+
+    def join(self, hello: Hello) -> Welcome: ...
+    def beat(self, beat: Beat) -> Order: ...
+    def submit(self, contribution: Contribution, payload: Bytes) -> Verdict: ...
+    def news(self, island: str, incarnation: int, after: int, done: str) -> News | None: ...
+    def snapshot(self) -> SnapshotState: ...
+    def leave(self, island: str, incarnation: int, reason: str) -> None: ...
+    def measured(self) -> set[int]: ...
+    def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None: ...
+
+
+class InMemoryTransport:
+    """A Transport over a coordinator object."""
+
+    def __init__(self, doors: Doors):
+        self._doors = doors
+
+    def join(self, hello: Hello) -> Welcome:
+        return self._doors.join(hello)
+
+    def beat(self, beat: Beat) -> Order:
+        return self._doors.beat(beat)
+
+    def submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
+        verdict = self._doors.submit(contribution, np.array(payload))
+        if verdict.status == "pending":
+            raise DeadlineError("the coordinator did not judge a contribution at once", where=contribution.island)
+        return verdict
+
+    def follow(self, island: str, incarnation: int, after: int, wait_s: float, done: str = "") -> News:
+        return self._doors.news(island, incarnation, after, done) or News("ok")
+
+    def snapshot(self) -> SnapshotState:
+        return self._doors.snapshot()
+
+    def leave(self, island: str, incarnation: int, reason: str) -> None:
+        self._doors.leave(island, incarnation, reason)
+
+    def measured(self) -> set[int]:
+        return self._doors.measured()
+
+    def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None:
+        self._doors.evaluated(index, round, metrics, sample)

@@ -1,0 +1,95 @@
+"""What islands and other followers say to the coordinator, whatever carries it.
+
+Every message is idempotent: a call that failed may have run, and is simply made again. Payloads are flat uint8 arrays;
+the coordinator has its own copy before it answers `accepted`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from diloco_ray.coordination.messages import Contribution, InnerPlan, Verdict
+from diloco_ray.log.record import Record
+
+Bytes = np.ndarray  # (num_bytes,) uint8
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A process asks for an island's name. `held` is work in hand from before a coordinator restart."""
+
+    island: str
+    process: str
+    pid: int
+    node: str
+    incarnation: int = 0
+    held: InnerPlan | None = None
+
+
+@dataclass(frozen=True)
+class Welcome:
+    incarnation: int
+    problem: str = ""  # why the name was refused
+
+
+@dataclass(frozen=True)
+class SnapshotState:
+    """The global model at one log index: flat float32 arrays, one per fragment, by name."""
+
+    index: int
+    versions: tuple[int, ...]
+    parameters: tuple[np.ndarray, ...]
+    buffers: tuple[tuple[np.ndarray, ...], ...]
+
+
+@dataclass(frozen=True)
+class News:
+    """What follows a log index: records with their payloads, the work in hand, and how the run stands."""
+
+    standing: Literal["ok", "rejoin", "fenced", "over"]
+    records: tuple[tuple[Record, Bytes], ...] = ()
+    plan: InnerPlan | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life with what the live table shows; `lease_id` is the work in hand ("" for none)."""
+
+    island: str
+    incarnation: int
+    lease_id: str = ""
+    progress: Mapping[str, float] = field(default_factory=dict)
+
+
+Order = Literal["go_on", "abandon", "rejoin", "fenced"]
+
+
+class Transport(Protocol):
+    """One follower's line to the coordinator. Every call ends within its deadline or raises DeadlineError."""
+
+    def join(self, hello: Hello) -> Welcome: ...
+
+    def beat(self, beat: Beat) -> Order:
+        """`abandon`: the work in hand is void. `rejoin`: a restarted coordinator wants to hear hello again."""
+        ...
+
+    def submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
+        """Never answers `pending`."""
+        ...
+
+    def follow(self, island: str, incarnation: int, after: int, wait_s: float, done: str = "") -> News:
+        """Waits up to wait_s for a record past `after` or for a plan other than `done`. An observer's name is ""."""
+        ...
+
+    def snapshot(self) -> SnapshotState: ...
+
+    def leave(self, island: str, incarnation: int, reason: str) -> None: ...
+
+    def measured(self) -> set[int]:
+        """Outer steps that are evaluated already."""
+        ...
+
+    def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None: ...

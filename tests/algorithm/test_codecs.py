@@ -1,0 +1,180 @@
+"""Codecs: how near, how small, and that every chunk and machine says the same."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from diloco_ray.algorithm.codecs import BLOCK_VALUES, CODEC_NAMES, get_codec
+from diloco_ray.errors import ConfigError
+
+CODES = {"int8": 127, "int4": 7}
+TINY = 2.0**-126
+
+finite_vectors = st.integers(1, 3 * BLOCK_VALUES + 1).flatmap(
+    lambda n: arrays(np.float32, n, elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
+)
+
+
+def encode(name: str, values: torch.Tensor) -> torch.Tensor:
+    payload = torch.zeros(get_codec(name).num_bytes(values.numel()), dtype=torch.uint8)
+    get_codec(name).encode_(values, payload, 0, values.numel())
+    return payload
+
+
+def decode(name: str, payload: torch.Tensor, num_values: int) -> torch.Tensor:
+    out = torch.full((num_values,), torch.nan)
+    get_codec(name).decode_(payload, 0, num_values, out)
+    return out
+
+
+def gaussian(num_values: int, scale: float = 1e-3) -> torch.Tensor:
+    return torch.randn(num_values, generator=torch.Generator().manual_seed(num_values)) * scale
+
+
+@pytest.mark.parametrize("name", CODES)
+@settings(deadline=None, max_examples=60)
+@given(finite_vectors)
+def test_a_block_codec_errs_by_at_most_half_a_code(name: str, x: np.ndarray):
+    decoded = decode(name, encode(name, torch.from_numpy(x)), x.size).numpy().astype(np.float64)
+    for first in range(0, x.size, BLOCK_VALUES):
+        block = x[first : first + BLOCK_VALUES].astype(np.float64)
+        bound = np.abs(block).max() / (2 * CODES[name])
+        error = np.abs(block - decoded[first : first + BLOCK_VALUES]).max()
+        assert error <= bound * (1 + 1e-4) + CODES[name] * TINY  # ties of x / s in float32; blocks that flush to zero
+
+
+@pytest.mark.parametrize(("name", "bits"), [("float32", 24), ("bfloat16", 8), ("float16", 11)])
+@given(x=finite_vectors)
+@settings(deadline=None, max_examples=40)
+def test_a_float_codec_errs_by_at_most_half_a_last_bit(name: str, bits: int, x: np.ndarray):
+    x = np.clip(x, -6e4, 6e4)
+    decoded = decode(name, encode(name, torch.from_numpy(x)), x.size).numpy().astype(np.float64)
+    smallest_step = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 0.0}[name]
+    assert np.all(np.abs(x - decoded) <= np.maximum(np.abs(x.astype(np.float64)) * 2.0**-bits, smallest_step / 2))
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+@settings(deadline=None, max_examples=60)
+@given(finite_vectors)
+def test_encoding_what_was_decoded_gives_the_same_bytes(name: str, x: np.ndarray):
+    if name == "bfloat16":
+        x = np.clip(x, -3e38, 3e38)
+    payload = encode(name, torch.from_numpy(x))
+    decoded = decode(name, payload, x.size)
+    assert torch.isfinite(decoded).all()
+    assert torch.equal(encode(name, decoded), payload)
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_idempotence_over_many_scales(name: str):
+    num_blocks = 20_000
+    x = gaussian(num_blocks * BLOCK_VALUES).view(num_blocks, -1)
+    x *= torch.logspace(-30, 30, num_blocks).unsqueeze(1)
+    payload = encode(name, x.view(-1))
+    assert torch.equal(encode(name, decode(name, payload, x.numel())), payload)
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_codes_times_a_power_of_two_are_exact(name: str):
+    q = CODES[name]
+    x = torch.arange(4 * BLOCK_VALUES).remainder(2 * q + 1).sub(q).float() * 2.0**-9
+    assert torch.equal(decode(name, encode(name, x), x.numel()), x)
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_a_zero_block_decodes_to_zero_and_block_scales_are_independent(name: str):
+    x = torch.cat([gaussian(256, 1e-6), torch.zeros(256), gaussian(256, 1e4), torch.full((256,), 1e-40)])
+    decoded = decode(name, encode(name, x), x.numel())
+    assert not decoded[256:512].any()
+    for first in (0, 512):
+        block = slice(first, first + 256)
+        assert (x[block] - decoded[block]).norm() < 0.15 * x[block].norm()
+    if name in CODES:
+        assert not decoded[768:].any()
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("position", [0, 299, 300])
+def test_a_value_that_is_not_finite_is_seen_after_decoding_and_spares_other_blocks(
+    name: str, bad: float, position: int
+):
+    x = gaussian(301)
+    x[position] = bad
+    decoded = decode(name, encode(name, x), x.numel())
+    assert not torch.isfinite(decoded[position])
+    elsewhere = slice(256, None) if position < 256 else slice(0, 256)
+    assert torch.isfinite(decoded[elsewhere]).all()
+
+
+def test_float16_saturates_what_is_finite():
+    x = torch.tensor([1e38, -7e4, 65504.0, 65519.0, -0.0])
+    assert decode("float16", encode("float16", x), 5).tolist() == [65504.0, -65504.0, 65504.0, 65504.0, -0.0]
+
+
+def test_the_bytes_of_int8_and_int4_are_as_documented():
+    x = torch.zeros(300)
+    x[0], x[1], x[256], x[257] = 127.0, -64.0, -3.5, 1.0
+    int8 = encode("int8", x).numpy()
+    assert int8.size == 2 * (4 + 256)
+    scales = int8[:8].view("<f4")
+    assert scales[0] == 1.0
+    assert scales[1] == pytest.approx(3.5 / 127, rel=2**-16)
+    assert int8[8:].view(np.int8)[[0, 1, 2, 256, 257, 300]].tolist() == [127, -64, 0, -127, 36, 0]
+    int4 = encode("int4", x).numpy()
+    assert int4.size == 2 * (4 + 128)
+    assert int4[8] == ((8 - 4) << 4) | (
+        8 + 7
+    )  # low nibble first: codes 7 and round(-64 * 7 / 127) = -4, stored as c + 8
+    assert int4[8 + 128] == ((8 + 2) << 4) | (8 - 7)
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+@pytest.mark.parametrize("num_values", [0, 1, 255, 256, 257, 5000])
+def test_chunks_of_any_size_write_and_read_the_same(name: str, num_values: int):
+    codec, x = get_codec(name), gaussian(num_values)
+    before = x.clone()
+    whole = encode(name, x)
+    for chunk in (256, 512, 1024):
+        pieces, out = torch.zeros_like(whole), torch.empty(num_values)
+        for start in range(0, num_values, chunk):
+            codec.encode_(x[start : start + chunk], pieces, start, num_values)
+        for start in range(0, num_values, chunk):
+            codec.decode_(pieces, start, num_values, out[start : start + chunk])
+        assert torch.equal(pieces, whole)
+        assert torch.equal(out, decode(name, whole, num_values))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_a_factor_scales_what_is_decoded(name: str):
+    payload, out = encode(name, gaussian(1000)), torch.empty(1000)
+    get_codec(name).decode_(payload, 0, 1000, out, 0.3)
+    torch.testing.assert_close(out, decode(name, payload, 1000) * 0.3, rtol=1e-6, atol=0)
+    get_codec(name).decode_(payload, 0, 1000, out, 0.25)
+    assert torch.equal(out, decode(name, payload, 1000) * 0.25)
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_a_chunk_that_cuts_a_block_is_refused(name: str):
+    payload = torch.zeros(get_codec(name).num_bytes(1000), dtype=torch.uint8)
+    for start, length in ((128, 256), (0, 300)):
+        with pytest.raises(ValueError, match="blocks of 256"):
+            get_codec(name).encode_(torch.zeros(length), payload, start, 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_value"), [("float32", 4), ("float16", 2), ("bfloat16", 2), ("int8", 1), ("int4", 0.5)]
+)
+def test_a_payload_is_within_two_percent_of_its_bits(name: str, bytes_per_value: float):
+    overhead = 4 / 256 if name in CODES else 0
+    assert get_codec(name).num_bytes(1_000_000) == pytest.approx(1_000_000 * (bytes_per_value + overhead), rel=1e-3)
+
+
+def test_an_unknown_codec_names_the_nearest():
+    with pytest.raises(ConfigError, match="unknown codec 'in8'; did you mean 'int8'"):
+        get_codec("in8")
+    assert [get_codec(name).name for name in CODEC_NAMES] == ["float32", "bfloat16", "float16", "int8", "int4"]

@@ -1,0 +1,183 @@
+"""The mathematics around a replica: the outer gradient, the weighted mean, the outer optimizers and their settings."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from diloco_ray.algorithm import outer_gradient
+from diloco_ray.algorithm.codecs import CODEC_NAMES, get_codec
+from diloco_ray.algorithm.combine import weighted_mean_
+from diloco_ray.algorithm.outer_gradient import encode_outer_gradient_, inspect_payload
+from diloco_ray.algorithm.outer_optimizer import SGD, Adam, HeavyBall, Nesterov, OuterOptimizer
+from diloco_ray.algorithm.settings import OuterSettings
+
+
+def gaussian(num_values: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(num_values, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def encoded(values: torch.Tensor, name: str = "float32") -> torch.Tensor:
+    payload = torch.zeros(get_codec(name).num_bytes(values.numel()), dtype=torch.uint8)
+    get_codec(name).encode_(values, payload, 0, values.numel())
+    return payload
+
+
+def mean(vectors: list[torch.Tensor], weights: list[float], name: str = "float32") -> torch.Tensor:
+    n = vectors[0].numel()
+    out, scratch = torch.empty(2, n)
+    weighted_mean_([encoded(vector, name) for vector in vectors], weights, get_codec(name), 0, n, out, scratch)
+    return out
+
+
+class TestOuterGradient:
+    def test_it_is_base_minus_island_with_the_norms_of_what_was_sent(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(outer_gradient, "CHUNK_VALUES", 512)
+        base, island = gaussian(3001, 0), gaussian(3001, 1)
+        for name in CODEC_NAMES:
+            payload = torch.zeros(get_codec(name).num_bytes(3001), dtype=torch.uint8)
+            stats = encode_outer_gradient_(base, island, get_codec(name), payload)
+            delta = base.double().numpy() - island.double().numpy()
+            assert torch.equal(payload, encoded(base - island, name))
+            decoded = torch.empty(3001)
+            get_codec(name).decode_(payload, 0, 3001, decoded)
+            error = np.linalg.norm(decoded.double().numpy() - delta) / np.linalg.norm(delta)
+            assert stats.norm == pytest.approx(np.linalg.norm(delta), rel=1e-5)
+            assert stats.relative_error == pytest.approx(error, rel=1e-3, abs=1e-7)
+            assert inspect_payload(payload, 3001, get_codec(name)) == pytest.approx(float(decoded.norm()), rel=1e-5)
+
+    def test_an_island_that_did_not_move_sends_zero(self):
+        payload = torch.zeros(get_codec("int8").num_bytes(300), dtype=torch.uint8)
+        stats = encode_outer_gradient_(gaussian(300, 0), gaussian(300, 0), get_codec("int8"), payload)
+        assert (stats.norm, stats.relative_error) == (0.0, 0.0)
+        assert not payload.any()
+
+    @pytest.mark.parametrize("name", CODEC_NAMES)
+    @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+    def test_inspection_sees_one_bad_value(self, name: str, bad: float):
+        values = gaussian(1000, 0)
+        values[777] = bad
+        assert not math.isfinite(inspect_payload(encoded(values, name), 1000, get_codec(name)))
+
+
+class TestWeightedMean:
+    @settings(deadline=None, max_examples=30)
+    @given(st.lists(st.floats(1e-6, 1e9), min_size=1, max_size=9))
+    def test_it_is_the_weighted_mean(self, weights: list[float]):
+        vectors = [gaussian(300, seed) for seed in range(len(weights))]
+        expected = np.average([v.double().numpy() for v in vectors], axis=0, weights=weights)
+        np.testing.assert_allclose(mean(vectors, weights).numpy(), expected, rtol=0, atol=3e-6)
+
+    @pytest.mark.parametrize("name", CODEC_NAMES)
+    @pytest.mark.parametrize("weight", [1.0, 3.0, 0.1, 1e-30])
+    def test_a_single_contribution_counts_exactly_once_whatever_its_weight(self, name: str, weight: float):
+        vector, decoded = gaussian(1000, 0), torch.empty(1000)
+        get_codec(name).decode_(encoded(vector, name), 0, 1000, decoded)
+        assert torch.equal(mean([vector], [weight], name), decoded)
+
+    def test_only_the_ratio_of_weights_counts(self):
+        vectors = [gaussian(300, seed) for seed in range(3)]
+        assert torch.equal(mean(vectors, [1, 2, 5]), mean(vectors, [4096, 8192, 20480]))
+
+    @pytest.mark.parametrize(
+        "weights", [[], [1.0], [1.0, 0.0], [1.0, -1.0], [1.0, math.nan], [1.0, math.inf], [1e308, 1e308]]
+    )
+    def test_weights_that_mean_nothing_are_refused(self, weights: list[float]):
+        with pytest.raises(ValueError, match="one positive weight each"):
+            mean([gaussian(10, 0), gaussian(10, 1)], weights)
+
+
+def run(optimizer: OuterOptimizer, theta: torch.Tensor, gradients: list[torch.Tensor], chunk: int) -> torch.Tensor:
+    theta = theta.clone()
+    buffers = tuple(torch.zeros_like(theta) for _ in optimizer.buffer_names)
+    for step, g in enumerate(gradients, start=1):
+        before = g.clone()
+        for start in range(0, theta.numel(), chunk):
+            here = slice(start, start + chunk)
+            scratch = torch.full_like(theta[here], torch.nan)
+            optimizer.step_(theta[here], g[here], tuple(b[here] for b in buffers), step, scratch)
+        assert torch.equal(g, before)
+    return theta
+
+
+def run_torch(kind: type[torch.optim.Optimizer], theta: torch.Tensor, gradients: list[torch.Tensor], **options: object):
+    parameter = torch.nn.Parameter(theta.double())
+    oracle = kind([parameter], **options)
+    for g in gradients:
+        parameter.grad = g.double()
+        oracle.step()
+    return parameter.detach()
+
+
+THETA = gaussian(1000, 0)
+GRADIENTS = [gaussian(1000, seed, 0.1) for seed in range(1, 21)]
+
+
+class TestOuterOptimizer:
+    @pytest.mark.parametrize(
+        ("ours", "kind", "options"),
+        [
+            (SGD(0.3), torch.optim.SGD, {"lr": 0.3}),
+            (Nesterov(0.7, 0.9), torch.optim.SGD, {"lr": 0.7, "momentum": 0.9, "nesterov": True}),
+            (HeavyBall(0.4, 0.8), torch.optim.SGD, {"lr": 0.4, "momentum": 0.8}),
+            (Adam(0.1, 0.9, 0.95, 0.1), torch.optim.Adam, {"lr": 0.1, "betas": (0.9, 0.95), "eps": 0.1}),
+            (Adam(0.1, 0.0, 0.999, 1e-8), torch.optim.Adam, {"lr": 0.1, "betas": (0.0, 0.999), "eps": 1e-8}),
+        ],
+        ids=str,
+    )
+    def test_it_follows_torch_optim(self, ours: OuterOptimizer, kind: type, options: dict[str, float]):
+        expected = run_torch(kind, THETA, GRADIENTS, **options)
+        torch.testing.assert_close(run(ours, THETA, GRADIENTS, 1000).double(), expected, rtol=0, atol=2e-5)
+
+    def test_nesterov_by_hand(self):
+        g, theta = 1.0, torch.zeros(1)
+        b = torch.zeros(1)
+        Nesterov(0.5, 0.5).step_(theta, torch.tensor([g]), (b,), 1, torch.empty(1))
+        assert (b.item(), theta.item()) == (1.0, -0.5 * (1.0 + 0.5 * 1.0))
+        Nesterov(0.5, 0.5).step_(theta, torch.tensor([g]), (b,), 2, torch.empty(1))
+        assert (b.item(), theta.item()) == (1.5, -0.75 - 0.5 * (1.0 + 0.5 * 1.5))
+
+    def test_sgd_at_one_is_federated_averaging(self):
+        islands = [gaussian(1000, seed) for seed in (7, 8, 9)]
+        theta = run(SGD(1.0), THETA, [mean([THETA - island for island in islands], [1, 1, 1])], 1000)
+        torch.testing.assert_close(theta, sum(islands[1:], islands[0]) / 3, rtol=0, atol=2e-6)
+
+    @pytest.mark.parametrize("optimizer", [SGD(), Nesterov(), HeavyBall(), Adam(0.1)], ids=str)
+    def test_the_length_of_chunks_changes_no_bit(self, optimizer: OuterOptimizer):
+        whole = run(optimizer, THETA, GRADIENTS, 1000)
+        for chunk in (7, 256):
+            assert torch.equal(run(optimizer, THETA, GRADIENTS, chunk), whole)
+
+
+class TestSettings:
+    def test_the_default_is_the_papers_nesterov(self):
+        assert OuterSettings().build() == Nesterov(learning_rate=0.7, momentum=0.9)
+
+    def test_every_optimizer_is_built_by_name_with_its_numbers(self):
+        built = {
+            name: OuterSettings(optimizer=name, learning_rate=0.3, momentum=0.8, epsilon=0.2).build()
+            for name in ("sgd", "heavy_ball", "nesterov", "adam")
+        }
+        assert list(built.values()) == [SGD(0.3), HeavyBall(0.3, 0.8), Nesterov(0.3, 0.8), Adam(0.3, 0.8, 0.95, 0.2)]
+        assert {name: optimizer.name for name, optimizer in built.items()} == {name: name for name in built}
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"learning_rate": 0},
+            {"learning_rate": math.inf},
+            {"momentum": 1.0},
+            {"momentum": -0.1},
+            {"epsilon": 0},
+            {"optimizer": "adamw"},
+            {"lr": 0.7},
+        ],
+        ids=str,
+    )
+    def test_what_cannot_be_meant_is_refused(self, wrong: dict[str, object]):
+        with pytest.raises(ValidationError, match=next(iter(wrong))):
+            OuterSettings.model_validate(wrong)
