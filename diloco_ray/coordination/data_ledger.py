@@ -75,14 +75,19 @@ class DataLedger:
         return replace(self, outstanding={**self.outstanding, lease.id: lease}, leased=self.leased + lease.num_tokens)
 
     def adopt(self, lease_id: str, island: str, ranges: tuple[DataRange, ...]) -> "DataLedger | None":
-        """Takes over a lease of an earlier coordinator life; None if any of its sequences is not free."""
+        """Takes over a lease of an earlier coordinator life; None if any of its sequences is not free.
+
+        Nor does anyone hold work further ahead than the next epoch: what says so is not to move the cursor there.
+        """
+        if lease_id in self.outstanding:
+            return None
         lease = Lease(lease_id, island, ranges, sum(r.num_sequences for r in ranges) * self.tokens_per_sequence)
         ledger = self
         for data_range in ranges:
-            freed = ledger._take_out(data_range)
-            if freed is None:
+            without = ledger._take_out(data_range) if data_range.epoch <= ledger.cursor[0] + 1 else None
+            if without is None:
                 return None
-            ledger = freed
+            ledger = without
         return ledger._hold(lease)
 
     def _take_out(self, wanted: DataRange) -> "DataLedger | None":

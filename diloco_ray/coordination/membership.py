@@ -43,10 +43,12 @@ def names(members: Members, standing: Standing) -> tuple[str, ...]:
 def admit(known: Member, *, now_s: float, process: str, incarnation: int, pid: int, node: str) -> Member:
     """The member after a join: a new process (incarnation 0) takes the next incarnation.
 
-    A process that outlived the coordinator keeps its own, unless another process has held the name since.
+    A process that says hello again keeps its own, and so does one that outlived the coordinator, unless another
+    process has held the name since.
     """
-    survived = incarnation >= known.incarnation > 0 and known.process in ("", process)
-    incarnation = incarnation if survived else known.incarnation + 1
+    again = process == known.process and known.incarnation > 0
+    survived = incarnation > known.incarnation or (incarnation == known.incarnation > 0 and not known.process)
+    incarnation = known.incarnation if again else incarnation if survived else known.incarnation + 1
     return replace(
         known,
         standing="alive",
@@ -57,6 +59,16 @@ def admit(known: Member, *, now_s: float, process: str, incarnation: int, pid: i
         last_seen_s=now_s,
         reason="",
     )
+
+
+def is_superseded(known: Member, process: str, incarnation: int) -> bool:
+    """Whether the name has gone from this process to a newer one, which lives."""
+    return known.standing == "alive" and known.process != process and 0 < incarnation <= known.incarnation
+
+
+def whereabouts(member: Member) -> str:
+    reason = f": {member.reason}" if member.reason else ""
+    return f"{member.name} ({member.standing}{reason})"
 
 
 def is_current(members: Members, name: str, incarnation: int) -> bool:

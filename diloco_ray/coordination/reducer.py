@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from diloco_ray.coordination import membership
-from diloco_ray.coordination.admission import NORM_HISTORY, judge_header, judge_norm
+from diloco_ray.coordination.admission import judge_header, judge_norm, order_problem, refuse, schema_problem
 from diloco_ray.coordination.membership import STRIKES_TO_QUARANTINE, Member, with_member
 from diloco_ray.coordination.messages import (
     Answer,
@@ -45,6 +45,8 @@ from diloco_ray.coordination.state import Accepted, RunState, ended, without
 
 def reduce(state: RunState, event: Event) -> Step:
     """The next state and what to do in the world. Total: no event in any state raises."""
+    if ended(state) and isinstance(event, Inspected | Committed | Tick):
+        return state, []
     match event:
         case Joined():
             state, commands = _joined(state, event)
@@ -80,6 +82,8 @@ def _joined(state: RunState, event: Joined) -> Step:
     known = state.members.get(event.island, Member(event.island, "absent"))
     if known.standing == "quarantined":
         return state, [Note(f"{event.island} asked to join and is quarantined: {known.reason}")]
+    if membership.is_superseded(known, event.process, event.incarnation):
+        return state, [Note(f"an older process of {event.island} (incarnation {event.incarnation}) is fenced")]
     commands: list[Command] = []
     if known.standing == "alive" and known.process != event.process:
         state, commands = _gone(state, event.island, "lost", "another process took its name")
@@ -94,25 +98,26 @@ def _joined(state: RunState, event: Joined) -> Step:
     state = replace(state, members=with_member(state.members, member))
     commands.append(Note(f"{event.island} joined (incarnation {member.incarnation}, pid {event.pid} on {event.node})"))
     if event.held is not None and event.island not in state.plans:
-        state, more = _take_up(state, event.held)
+        state, more = _take_up(state, event.island, event.held)
         commands += more
     return state, commands
 
 
-def _take_up(state: RunState, held: InnerPlan) -> Step:
+def _take_up(state: RunState, island: str, held: InnerPlan) -> Step:
     """An island that outlived the coordinator goes on with its work if nobody else has got its data."""
     fits = (
-        held.round == state.round
-        and membership.is_current(state.members, held.island, held.incarnation)
-        and held.base_version in state.versions
+        not ended(state)
+        and held.island == island
+        and membership.is_current(state.members, island, held.incarnation)
+        and held.round == held.base_version == state.round
         and held.inner_steps == state.rules.inner_steps_per_round
         and sum(r.num_sequences for r in held.ranges) == sequences_per_round(state.rules)
     )
-    ledger = state.ledger.adopt(held.lease_id, held.island, held.ranges) if fits else None
+    ledger = state.ledger.adopt(held.lease_id, island, held.ranges) if fits else None
     if ledger is None:
-        return state, [Note(f"{held.island}: work on round {held.round + 1} is void; it gets a new plan")]
-    state = replace(state, ledger=ledger, plans={**state.plans, held.island: held})
-    return state, [Note(f"{held.island} goes on with its work on round {held.round + 1}")]
+        return state, [Note(f"{island}: work on round {held.round + 1} is void; it gets a new plan")]
+    state = replace(state, ledger=ledger, plans={**state.plans, island: held})
+    return state, [Note(f"{island} goes on with its work on round {held.round + 1}")]
 
 
 def _heartbeat(state: RunState, event: Heartbeat) -> Step:
@@ -149,62 +154,75 @@ def _revoke(state: RunState, island: str, fate: str) -> RunState:
 def _submitted(state: RunState, event: Submitted) -> Step:
     c = event.contribution
     verdict = judge_header(state, c)
-    if c.base_version == state.round and c.island in state.members:
+    if c.base_version == state.round and membership.is_current(state.members, c.island, c.incarnation):
         state = replace(state, offered=state.offered | {c.island})
     if verdict is None:
-        inbox = {**state.inbox, c.key: Accepted(c, state.ledger.outstanding[c.lease_id])}
-        return replace(state, inbox=inbox), [Inspect(c)]
+        return _awaited(state, c)
     commands: list[Command] = [] if verdict.status == "pending" else [Answer(c, verdict)]
     if verdict.status == "rejected":
         commands.append(Note(f"{c.island}: contribution to fragment {c.fragment} rejected: {verdict.reason}"))
     return state, commands
 
 
+def _awaited(state: RunState, c: Contribution) -> Step:
+    """Has the payload inspected, unless the header already shows that the island must repeat its round."""
+    if problem := schema_problem(state.rules, c):
+        return _strike(state, c, problem)
+    if problem := order_problem(state, c):
+        state = _repeat(_void(state, c.island, "rejected"), c.island)
+        return state, [Answer(c, refuse(problem)), Note(f"{c.island} repeats the round: {problem}")]
+    accepted = Accepted(c, state.ledger.outstanding[c.lease_id])
+    return replace(state, inbox={**state.inbox, c.key: accepted}), [Inspect(c)]
+
+
 def _inspected(state: RunState, event: Inspected) -> Step:
     c = event.contribution
     held = state.inbox.get(c.key)
-    if held is None or held.contribution.payload_sha256 != c.payload_sha256:
-        return state, [Answer(c, Verdict("rejected", "stale: its round closed while it was being inspected"))]
-    verdict = Verdict("rejected", event.problem) if event.problem else judge_norm(state, event.norm)
+    if held is None or held.contribution.payload_sha256 != c.payload_sha256 or held.norm is not None:
+        # Not what is being inspected now: its island was lost meanwhile, or the answer came twice.
+        return state, [Answer(c, judge_header(state, c) or Verdict("unknown"))]
+    verdict = refuse(event.problem) if event.problem else judge_norm(state, event.norm)
     if verdict.status == "rejected":
-        state, commands = _strike(state, c, verdict.reason, event.now_s)
-        return state, [Answer(c, verdict), *commands]
-    state = replace(
-        state,
-        inbox={**state.inbox, c.key: replace(held, norm=event.norm)},
-        norms=(*state.norms, event.norm)[-NORM_HISTORY:],
-    )
-    if len(state.accepted(c.fragment)) >= state.rules.quorum and c.fragment not in state.quorum_since_s:
-        state = replace(state, quorum_since_s={**state.quorum_since_s, c.fragment: event.now_s})
-    return state, [Answer(c, verdict)]
+        return _strike(state, c, verdict.reason)
+    accepted = replace(held, norm=event.norm, accepted_s=event.now_s)
+    return replace(state, inbox={**state.inbox, c.key: accepted}), [Answer(c, verdict)]
 
 
-def _strike(state: RunState, c: Contribution, reason: str, now_s: float) -> Step:
+def _strike(state: RunState, c: Contribution, reason: str) -> Step:
     """A bad payload costs the island its round; the third in a row costs it its place."""
-    mine = {key for key in state.inbox if key[2] == c.island and key[0] not in state.stepping}
-    state = replace(state, inbox=without(state.inbox, *mine))
-    state = _revoke(state, c.island, "rejected")
+    state = _void(state, c.island, "rejected")
     member = state.members[c.island]
     member = replace(member, strikes=member.strikes + 1)
-    notes: list[Command] = [Note(f"{c.island}: contribution rejected (strike {member.strikes}): {reason}")]
     state = replace(state, members=with_member(state.members, member))
-    if member.strikes >= STRIKES_TO_QUARANTINE and member.standing == "alive":
+    commands: list[Command] = [
+        Answer(c, refuse(reason)),
+        Note(f"{c.island}: contribution rejected (strike {member.strikes}): {reason}"),
+    ]
+    if member.strikes >= STRIKES_TO_QUARANTINE:
         state, more = _gone(state, c.island, "quarantined", reason)
-        return state, notes + more
-    if member.standing == "alive" and c.island not in state.plans:
-        state = issue_plans(state, [c.island])
-    return state, notes
+        return state, commands + more
+    return _repeat(state, c.island), commands
+
+
+def _void(state: RunState, island: str, fate: str) -> RunState:
+    """Drops the island's work on the open round, but for what an outer step under way has taken in."""
+    mine = {key for key in state.inbox if key[2] == island and key[0] not in state.stepping}
+    return _revoke(replace(state, inbox=without(state.inbox, *mine)), island, fate)
+
+
+def _repeat(state: RunState, island: str) -> RunState:
+    """The same data once more: the others wait for it in this round."""
+    return state if island in state.plans else issue_plans(state, [island])
 
 
 # ---- time ----
 
 
 def _tick(state: RunState, now_s: float) -> Step:
-    if ended(state):
-        return state, []
     commands: list[Command] = []
     for member in membership.overdue(state.members, now_s=now_s):
-        state = replace(state, members=with_member(state.members, replace(member, standing="absent")))
+        absent = replace(member, standing="absent", reason="did not join in time")
+        state = replace(state, members=with_member(state.members, absent))
         commands.append(Note(f"{member.name} did not join in time; going on without it"))
     timeout_s = state.rules.heartbeat_timeout_s
     for member in membership.silent_since(state.members, now_s=now_s, timeout_s=timeout_s):

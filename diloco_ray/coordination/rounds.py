@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from diloco_ray.coordination import membership
-from diloco_ray.coordination.admission import ready_to_step
+from diloco_ray.coordination.admission import NORM_HISTORY, ready_to_step
 from diloco_ray.coordination.messages import CloseRound, Command, Committed, End, InnerPlan, Note, Share, TakeOuterStep
-from diloco_ray.coordination.state import Rules, RunState, ended, of_other_fragments, with_version, without
+from diloco_ray.coordination.state import Rules, RunState, ended, of_other_fragments, with_version
 
 Step = tuple[RunState, list[Command]]
 
@@ -20,9 +20,13 @@ def sequences_per_round(rules: Rules) -> int:
 
 
 def issue_plans(state: RunState, islands: list[str]) -> RunState:
-    """Leases in island order, so that the same members get the same data in every replay."""
+    """Leases in island order, so that the same members get the same data in every replay.
+
+    Those whose own data came back are served first, or others would be given it.
+    """
     steps = state.rules.inner_steps_per_round
-    for island in sorted(islands):
+    holders = {holder for _, holder in state.ledger.returned}
+    for island in sorted(islands, key=lambda island: (island not in holders, island)):
         ledger, lease = state.ledger.lease(island, sequences_per_round(state.rules))
         plan = InnerPlan(
             island=island,
@@ -40,11 +44,16 @@ def issue_plans(state: RunState, islands: list[str]) -> RunState:
 
 
 def open_round(state: RunState, now_s: float) -> Step:
-    """Gives work to the idle: all of them when no round is open, joiners only where the open round lacks islands."""
+    """Gives work to the idle: all of them when no round is open, joiners only where the open round lacks islands.
+
+    Who overran the grace window, counted from the first that was done, no longer counts as taking part.
+    """
     if ended(state) or membership.names(state.members, "expected"):
         return state, []
     idle = [name for name in state.alive if name not in state.plans and not has_contributed(state, name)]
-    taking_part = {name for name in state.alive if name in state.plans}
+    first_s = state.since_s(state.closing_fragment, 1)
+    overrun = first_s is not None and now_s - first_s >= state.rules.grace_s
+    taking_part = {name for name in state.alive if name in state.plans and not overrun}
     taking_part |= set(state.accepted(state.closing_fragment))
     if not taking_part and len(state.alive) < state.rules.min_islands:
         return state, []
@@ -98,6 +107,8 @@ def _close(state: RunState, fragment: int, reason: str) -> tuple[RunState, TakeO
 
 def committed(state: RunState, event: Committed) -> Step:
     fragment, base = event.fragment, event.version - 1
+    if fragment not in state.stepping or base != state.versions[fragment]:
+        return state, []
     contributed = state.accepted(fragment)
     digests = {(fragment, base, name): item.contribution.payload_sha256 for name, item in contributed.items()}
     members = dict(state.members)
@@ -111,7 +122,7 @@ def committed(state: RunState, event: Committed) -> Step:
         settled={**of_other_fragments(state.settled, fragment), **digests},
         stepping=state.stepping - {fragment},
         inbox={key: item for key, item in state.inbox.items() if key[:2] != (fragment, base)},
-        quorum_since_s=without(state.quorum_since_s, fragment),
+        norms=(*state.norms, *(item.norm or 0.0 for item in contributed.values()))[-NORM_HISTORY:],
     )
     if min(state.versions) == state.round:
         return state, []
@@ -129,7 +140,10 @@ def _close_round(state: RunState, applied: int) -> Step:
         applied=applied,
         snapshot=last or done % rules.snapshot_every_rounds == 0,
     )
-    state = replace(state, round=done, plans={}, offered=frozenset())
+    ledger = state.ledger
+    for plan in state.plans.values():  # only those given out after the closing fragment was
+        ledger = ledger.settle(plan.lease_id, "expired")
+    state = replace(state, ledger=ledger, round=done, plans={}, offered=frozenset())
     if not last:
         return state, [close]
     reason = f"{done} rounds done"
@@ -152,7 +166,7 @@ def watch_the_wait(state: RunState, now_s: float) -> Step:
         phase = state.phase if state.phase == "gathering" else "waiting"
         return replace(state, waiting_since_s=now_s, phase=phase, reason=reason), [Note(reason)]
     if now_s - state.waiting_since_s > rules.waiting_timeout_s:
-        gone = [f"{m.name} ({m.standing}: {m.reason})" for m in state.members.values() if m.standing != "alive"]
+        gone = [membership.whereabouts(m) for m in state.members.values() if m.standing != "alive"]
         reason = f"{num_alive} of at least {rules.min_islands} islands alive after {rules.waiting_timeout_s:g} s"
         reason += f"; missing: {', '.join(gone) or 'none ever joined'}"
         return replace(state, phase="failed", reason=reason), [End("failed", reason)]

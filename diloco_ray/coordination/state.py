@@ -40,6 +40,7 @@ class Accepted:
     contribution: Contribution
     lease: Lease  # what its weight is taken from: the ledger, never the island's claim
     norm: float | None = None
+    accepted_s: float = 0.0
 
 
 Key = tuple[int, int, str]  # fragment, base version, island
@@ -62,9 +63,8 @@ class RunState:
     offered: frozenset[str] = frozenset()  # islands that sent a contribution in the open round, good or bad
     stepping: frozenset[int] = frozenset()  # fragments whose outer step is being computed
     settled: Mapping[Key, str] = field(default_factory=dict[Key, str])  # digests that the newest outer steps committed
-    quorum_since_s: Mapping[int, float] = field(default_factory=dict[int, float])  # per fragment of the open round
     waiting_since_s: float | None = None
-    norms: tuple[float, ...] = ()  # of the newest accepted contributions
+    norms: tuple[float, ...] = ()  # of the newest committed contributions
 
     @property
     def closing_fragment(self) -> int:
@@ -75,6 +75,10 @@ class RunState:
     def alive(self) -> tuple[str, ...]:
         return names(self.members, "alive")
 
+    def is_open(self, fragment: int) -> bool:
+        """Whether the open round still waits for the fragment's outer step to be taken."""
+        return self.versions[fragment] == self.round and fragment not in self.stepping
+
     def accepted(self, fragment: int) -> dict[str, Accepted]:
         """Inspected contributions to the fragment's next outer step, in island order."""
         version = self.versions[fragment]
@@ -82,6 +86,11 @@ class RunState:
             key[2]: item for key, item in self.inbox.items() if key[:2] == (fragment, version) and item.norm is not None
         }
         return dict(sorted(found.items()))
+
+    def since_s(self, fragment: int, count: int) -> float | None:
+        """When so many contributions to the fragment's next outer step were in; None: they are not."""
+        times = sorted(item.accepted_s for item in self.accepted(fragment).values())
+        return times[count - 1] if len(times) >= count else None
 
 
 def ended(state: RunState) -> bool:

@@ -284,5 +284,5 @@ class Coordinator:
         return Committed(self._now_s(), step.fragment, record.version, record.index)
 
     def _save_snapshot(self, index: int) -> None:
-        save_snapshot(self._store, index, self._replica, self._log.tail.digest())
+        save_snapshot(self._store, index, self._replica, self._log.records[index].digest())
         prune_snapshots(self._store, self._job.keep_snapshots)

@@ -167,7 +167,7 @@ class PreparedFolder:
     def _problems(self, name: str) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except Exception as error:  # every storage package has kinds of its own
             remedy = "check that the folder can be reached, read and written, and that there is room"
             raise StoreError(f"{type(error).__name__}: {error}", where=self.url_of(name), remedy=remedy) from error
 

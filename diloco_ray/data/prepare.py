@@ -220,11 +220,9 @@ def _same_settings(manifest: Manifest, settings: DataSettings, folder: PreparedF
 
 def _both_splits_hold_text(done: _Done, settings: DataSettings) -> None:
     counts = {name: split.num_documents for name, split in done.splits.items()}
-    total = sum(counts.values())
     for name, number in counts.items():
         if not number:
-            fraction = min(0.4, 10 / total)
-            what = f"none of {total} documents fell into the {name} part at {settings.validation_fraction=!r}"
-            what = what.replace("settings.", "")
-            remedy = f"set data.validation_fraction to {fraction:.2g}" if total > 2 else "give more text"
+            what = f"none of {sum(counts.values())} documents fell into the {name} part"
+            what += f" with validation_fraction={settings.validation_fraction:g}"
+            remedy = "choose a larger data.validation_fraction, or give more text"
             raise DataError(what, where="data.validation_fraction", remedy=remedy)

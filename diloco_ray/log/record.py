@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from diloco_ray.algorithm.replica import StateDigest
+from diloco_ray.coordination.messages import Share
 from diloco_ray.errors import CorruptionError
 from diloco_ray.ids import canonical_json, sha256_hex
 
@@ -51,37 +52,6 @@ def unseal_as(kind: TypeAdapter[T], data: bytes, where: str) -> T:
         first = error.errors()[0]
         problem = f"not of this format: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise CorruptionError(problem, where=where, remedy="use the version that wrote this run") from error
-
-
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """Training sequences start .. stop - 1 of one epoch, counted in that epoch's shuffled order."""
-
-    epoch: int
-    start: int
-    stop: int
-
-    __pydantic_config__ = STRICT
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """One island's part in an outer step; `tokens` and `spent` stand only with the fragment that closes its lease.
-
-    payload_sha256 and payload_bytes are of what the island sent; norm is the l2 norm of that outer gradient, decoded.
-    """
-
-    island: str
-    incarnation: int
-    base_version: int
-    weight: float
-    tokens: int
-    spent: tuple[Spent, ...]
-    payload_sha256: str
-    payload_bytes: int
-    norm: float
-
-    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True, slots=True)

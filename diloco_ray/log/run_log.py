@@ -24,7 +24,7 @@ _NUM_PAYLOADS_AHEAD = 3
 
 
 class RunLog:
-    """All records of a run, in memory (some 5 KB each with eight shares), and the one way to add to them. Not thread safe."""
+    """All records of a run, in memory (5 KB each with eight shares), and the one way to add one. Not thread safe."""
 
     def __init__(self, store: RunStore):
         """An empty log in this store; `open` reads what is there."""

@@ -1,1 +1,1 @@
-"""The model: built, measured, exported."""
+"""The model as a thing to be built alike everywhere, measured, sampled and taken away."""

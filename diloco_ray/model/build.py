@@ -1,30 +1,134 @@
-"""The model of a run, the same on every island."""
+"""One model from settings and a seed: the same float32 bits on every machine that builds it with the same libraries.
 
+From a transformers configuration, a folder or name that transformers loads, or a function of the user's own. This
+module does not know how the model is trained.
+"""
+
+import difflib
+import importlib
+import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diloco_ray.errors import ConfigError, RunMismatchError
 from diloco_ray.model.settings import ModelSettings
 
 
 def build_model(settings: ModelSettings, *, seed: int, vocab_size: int, eos_token_id: int) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """A new module, float32 on the CPU, in training mode; the caller's random state is left as it was.
 
+    ConfigError where it cannot be built; RunMismatchError where its vocabulary is smaller than the tokenizer's.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if settings.path:
-            return AutoModelForCausalLM.from_pretrained(settings.path, dtype=torch.float32)
-        body: dict[str, Any] = dict(settings.config or {})
-        kind = body.pop("model_type")
-        body.setdefault("vocab_size", vocab_size)
-        config = AutoConfig.for_model(kind, **body, eos_token_id=eos_token_id, bos_token_id=None, pad_token_id=None)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if settings.config is not None:
+            model = _from_config(settings.config, vocab_size, eos_token_id)
+        elif settings.path is not None:
+            model = _from_path(settings.path, vocab_size)
+        else:
+            model = _from_factory(settings.factory or "", vocab_size=vocab_size, eos_token_id=eos_token_id)
+        return model.to(device="cpu", dtype=torch.float32).train()
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """The model's own tensors that training moves, in named_parameters order; tied weights once, frozen ones never.
+
+    Buffers, such as running means, are not among them: each island keeps its own.
+    """
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in trainable_parameters(model).items()}
+    """The shapes of trainable_parameters, in the same order."""
+    return {name: tuple(tensor.shape) for name, tensor in trainable_parameters(model).items()}
+
+
+def _from_config(fields: dict[str, Any], vocab_size: int, eos_token_id: int) -> nn.Module:
+    from transformers import AutoConfig
+
+    # The families' own defaults are the ids of their own tokenizers.
+    own = {"vocab_size": vocab_size, "eos_token_id": eos_token_id, "bos_token_id": eos_token_id, "pad_token_id": None}
+    try:
+        config = AutoConfig.for_model(**{**own, **fields})
+    except Exception as error:  # each family checks its fields in its own way
+        raise _not_built("model.config", error) from error
+    _all_fields_do_something(fields, AutoConfig)
+    return _initialised(config, "model.config", vocab_size)
+
+
+def _from_path(path: str, vocab_size: int) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(path).expanduser()
+    is_local = folder.is_dir()
+    if not is_local and path.startswith(("/", ".", "~")):
+        raise ConfigError(f"no folder {folder}", where="model.path", remedy="check the path")
+    name = str(folder) if is_local else path
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if is_local and not any(folder.glob("*.safetensors")):
+            if any(folder.glob("*.bin")):
+                what, remedy = f"{folder} has weights, but none as safetensors", "save it again with save_pretrained"
+                raise ConfigError(what, where="model.path", remedy=remedy)
+            return _initialised(config, "model.path", vocab_size)
+        _vocabulary_is_large_enough(config, "model.path", vocab_size)
+        return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        what = f"model {path!r} cannot be loaded: {error}"
+        raise ConfigError(what, where="model.path", remedy="name a folder, or a model that the hub has") from error
+
+
+def _initialised(config: Any, where: str, vocab_size: int) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    _vocabulary_is_large_enough(config, where, vocab_size)
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # each family checks its fields in its own way
+        raise _not_built(where, error) from error
+
+
+def _from_factory(factory: str, **known: int) -> nn.Module:
+    """Calls the user's function with those of `known` that it names."""
+    module, _, function = factory.partition(":")
+    try:
+        build = getattr(importlib.import_module(module), function)
+        parameters = inspect.signature(build).parameters
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        remedy = "name it as package.module:function, importable where the islands run"
+        raise ConfigError(f"no function {factory}: {error}", where="model.factory", remedy=remedy) from error
+    model = build(**{name: value for name, value in known.items() if name in parameters})
+    if not isinstance(model, nn.Module):
+        what = f"{factory} returned {type(model).__name__}, not a torch.nn.Module"
+        raise ConfigError(what, where="model.factory", remedy="return the model itself")
+    return model
+
+
+def _all_fields_do_something(fields: dict[str, Any], auto_config: Any) -> None:
+    """transformers keeps unknown fields without a word, and a misspelt one would train another model than was meant."""
+    model_type = fields["model_type"]
+    usual = auto_config.for_model(model_type)
+    for name in fields.keys() - {"model_type", "attn_implementation"}:
+        if hasattr(usual, name):
+            continue
+        with_it = auto_config.for_model(model_type, **{name: fields[name]}).to_dict()
+        if {key: value for key, value in with_it.items() if key != name} == usual.to_dict():
+            near = difflib.get_close_matches(name, usual.to_dict(), n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"see the configuration of {model_type} in transformers"
+            raise ConfigError(f"{model_type} has no field {name}", where=f"model.config.{name}", remedy=remedy)
+
+
+def _vocabulary_is_large_enough(config: Any, where: str, vocab_size: int) -> None:
+    own = config.get_text_config().vocab_size
+    if own < vocab_size:
+        what = f"the model's vocab_size={own} is smaller than the tokenizer's {vocab_size}"
+        remedy = "leave vocab_size out, or use the model's own tokenizer as data.tokenizer"
+        raise RunMismatchError(what, where=f"{where}.vocab_size", remedy=remedy)
+
+
+def _not_built(where: str, error: Exception) -> ConfigError:
+    what = f"the model cannot be built: {type(error).__name__}: {error}"
+    return ConfigError(what, where=where, remedy="change the field that the message speaks of")

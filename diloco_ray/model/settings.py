@@ -1,22 +1,32 @@
-"""Which model: what a recipe says under `model`."""
+"""The model: what a recipe says under `model`."""
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ModelSettings(BaseModel):
-    """Exactly one of the three ways to name a model."""
+    """Exactly one of the three ways to say which model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    config: dict[str, Any] | None = None
-    path: str | None = None
-    factory: str | None = None
+    config: dict[str, Any] | None = Field(
+        None, description="a transformers configuration with its model_type; vocab_size defaults to the tokenizer's"
+    )
+    path: str | None = Field(
+        None, min_length=1, description="folder or Hugging Face name; weights are loaded where there are any"
+    )
+    factory: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="package.module:function that returns a module whose forward(input_ids, labels) has a .loss",
+    )
 
     @model_validator(mode="after")
-    def _one_of_three(self) -> "ModelSettings":
+    def _exactly_one(self) -> "ModelSettings":
         given = [name for name in ("config", "path", "factory") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"name exactly one of config, path and factory (given: {', '.join(given) or 'none'})")
+            raise ValueError(f"give exactly one of config, path, factory (given: {', '.join(given) or 'none'})")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config needs a model_type that transformers knows, such as model_type: llama")
         return self

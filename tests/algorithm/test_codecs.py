@@ -87,13 +87,15 @@ def test_codes_times_a_power_of_two_are_exact(name: str):
 @pytest.mark.parametrize("name", CODEC_NAMES)
 def test_a_zero_block_decodes_to_zero_and_block_scales_are_independent(name: str):
     x = torch.cat([gaussian(256, 1e-6), torch.zeros(256), gaussian(256, 1e4), torch.full((256,), 1e-40)])
-    decoded = decode(name, encode(name, x), x.numel())
+    payload = encode(name, x)
+    decoded = decode(name, payload, x.numel())
     assert not decoded[256:512].any()
     for first in (0, 512):
         block = slice(first, first + 256)
         assert (x[block] - decoded[block]).norm() < 0.15 * x[block].norm()
     if name in CODES:
         assert not decoded[768:].any()
+        assert payload[:16].view(torch.float32).ne(0).tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize("name", CODEC_NAMES)

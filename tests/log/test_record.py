@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diloco_ray.algorithm.replica import StateDigest
+from diloco_ray.coordination.messages import DataRange, Share
 from diloco_ray.errors import CorruptionError
 from diloco_ray.ids import canonical_json, sha256_hex
-from diloco_ray.log.record import Record, Share, Spent, model_digest, payload_path, seal, unseal
+from diloco_ray.log.record import Record, model_digest, payload_path, seal, unseal
 
 bodies = st.dictionaries(
     st.text().filter(lambda key: key != "sha256"),
@@ -23,7 +24,7 @@ bodies = st.dictionaries(
     max_size=4,
 )
 
-SHARE = Share("island-00", 1, 4, 100.0, 100, (Spent(0, 8, 12),), "a" * 64, 10, 0.5)
+SHARE = Share("island-00", 1, 4, 100.0, 100, (DataRange(0, 8, 12),), "a" * 64, 10, 0.5)
 RECORD = Record(
     index=5,
     parent="b" * 64,

@@ -3,6 +3,8 @@
 import errno
 import os
 import pickle
+import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -57,6 +59,42 @@ def test_list_shows_names_of_files_and_folders_at_once(store: RunStore):
     assert store.list() == ["log"]
     RunStore(store.url).delete("log/1.json")
     assert store.list("log") == ["2.json", "deep"]
+
+
+def test_what_another_process_wrote_is_listed_at_once(s3_bucket: str):
+    store = RunStore(f"{s3_bucket}/shared run")
+    store.create("log/1.json", b"x")
+    assert store.list("log") == ["1.json"]
+    another = fsspec.filesystem("s3", skip_instance_cache=True)  # has caches of its own
+    another.pipe_file("test-bucket/shared run/log/2.json", b"x")
+    assert store.list("log") == ["1.json", "2.json"]
+    assert store.exists("log/2.json")
+    another.rm_file("test-bucket/shared run/log/1.json")
+    assert store.list("log") == ["2.json"]
+    assert not store.exists("log/1.json")
+
+
+def test_two_threads_do_not_both_create_in_memory(monkeypatch: pytest.MonkeyPatch):
+    """fsspec's memory looks first and writes then; here another thread always comes in between."""
+    look = MemoryFileSystem.exists
+
+    def look_and_let_others_go_first(self: MemoryFileSystem, path: str, **kwargs: object) -> bool:
+        found = look(self, path, **kwargs)
+        time.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(MemoryFileSystem, "exists", look_and_let_others_go_first)
+    store = RunStore(f"memory://{uuid.uuid4().hex}")
+
+    def create(number: int) -> bool:
+        try:
+            store.create("x", b"%d" % number)
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(create, range(4))).count(True) == 1
 
 
 def test_exists_and_delete(store: RunStore):

@@ -9,8 +9,9 @@ from diloco_ray.algorithm.codecs import get_codec
 from diloco_ray.algorithm.fragments import Layout, partition
 from diloco_ray.algorithm.outer_optimizer import Nesterov
 from diloco_ray.algorithm.replica import Replica
+from diloco_ray.coordination.messages import DataRange, Share
 from diloco_ray.ids import sha256_hex
-from diloco_ray.log.record import Record, Share, Spent, model_digest, payload_path, seal
+from diloco_ray.log.record import Record, model_digest, payload_path, seal
 from diloco_ray.log.run_log import RunLog, take_fence
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import save_snapshot
@@ -94,7 +95,7 @@ class ToyRun:
                     base_version=round_,
                     weight=32.0 if number else 32,  # callers mix them
                     tokens=NUM_SEQUENCES * 8 if closing else 0,
-                    spent=(Spent(0, start, start + NUM_SEQUENCES),) if closing else (),
+                    spent=(DataRange(0, start, start + NUM_SEQUENCES),) if closing else (),
                     payload_sha256=sha256_hex(payload.numpy().data),
                     payload_bytes=payload.numel(),
                     norm=float(delta.norm()),

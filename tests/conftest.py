@@ -1,0 +1,48 @@
+"""What all rooms' tests share: a corpus made here, a tiny recipe, and no network."""
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+WORDS = "the a one outer inner step island moves far from its base and comes back with news of what it saw".split()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of 2,000 seeded sentences."""
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("\n".join(" ".join(rng.choices(WORDS, k=12)) + "." for _ in range(2000)))
+    return path
+
+
+@pytest.fixture
+def tiny(corpus: Path, tmp_path: Path) -> dict[str, Any]:
+    """A recipe as a mapping: three islands, a model of some 20,000 parameters, seconds on one core."""
+    return {
+        "name": "tiny",
+        "seed": 7,
+        "islands": 3,
+        "rounds": 4,
+        "data": {"corpus": str(corpus), "sequence_length": 32, "validation_fraction": 0.05},
+        "model": {
+            "config": {
+                "model_type": "llama",
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "max_position_embeddings": 64,
+                "tie_word_embeddings": True,
+            }
+        },
+        "inner": {"steps_per_round": 6, "batch_size": 4, "learning_rate": 3e-3},
+        "evaluation": {"every_rounds": 2, "num_sequences": 16, "sample_tokens": 0},
+        "storage": {"path": str(tmp_path / "runs"), "snapshot_every_rounds": 2},
+        "cluster": {"island_resources": {"CPU": 0.25}},
+    }

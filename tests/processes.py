@@ -1,0 +1,100 @@
+"""A run of the command line in a process group of its own, watched through `status --json` and ended by pid."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CLI = [sys.executable, "-m", "diloco_ray.cli"]
+DEADLINE_S = 240.0
+
+
+def write_recipe(folder: Path, body: dict[str, Any]) -> Path:
+    path = folder / f"{body['name']}.yaml"
+    path.write_text(yaml.safe_dump(body))
+    return path
+
+
+def run_folder(body: dict[str, Any]) -> Path:
+    return Path(body["storage"]["path"]) / body["name"]
+
+
+class Train:
+    """`diloco-ray train RECIPE`, running."""
+
+    def __init__(self, recipe: Path, folder: Path, log: Path):
+        self.folder, self._log = folder, log
+        with log.open("a") as out:
+            self._process = subprocess.Popen(
+                [*CLI, "train", str(recipe)], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def status(self) -> dict[str, Any] | None:
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            return json.loads((self.folder / "status.json").read_text())
+        return None
+
+    def wait_until(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first status document that fulfils the condition."""
+        until = time.monotonic() + DEADLINE_S
+        while time.monotonic() < until:
+            assert self._process.poll() is None, f"train ended early:\n{self._log.read_text()[-3000:]}"
+            status = self.status()
+            if status is not None and condition(status):
+                return status
+            time.sleep(0.05)
+        raise AssertionError(f"not reached in {DEADLINE_S} s: {self.status()}")
+
+    def wait_for_end(self) -> str:
+        """The output, once the command has succeeded."""
+        code = self._process.wait(timeout=DEADLINE_S)
+        text = self._log.read_text()
+        assert code == 0, f"exit {code}:\n{text[-3000:]}"
+        return text
+
+    def kill(self) -> None:
+        """SIGKILL to the driver; its local Ray dies with it. Waits until the islands are gone."""
+        status = self.status() or {"islands": [], "coordinator": {"pid": 0}}
+        pids = [island["pid"] for island in status["islands"]] + [status["coordinator"]["pid"]]
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(timeout=30)
+        until = time.monotonic() + 60
+        while any(is_alive(pid) for pid in pids if pid):
+            assert time.monotonic() < until, f"processes of a killed run live on: {pids}"
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGTERM)
+            try:
+                self._process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait(timeout=30)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@contextmanager
+def training(recipe: Path, folder: Path) -> Iterator[Train]:
+    train = Train(recipe, folder, recipe.with_suffix(".log"))
+    try:
+        yield train
+    finally:
+        train.stop()

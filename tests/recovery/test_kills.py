@@ -1,0 +1,106 @@
+"""Real processes, really killed: the run ends with the bits of an uninterrupted one."""
+
+import os
+import signal
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diloco_ray.config import RunConfig
+from diloco_ray.log.run_log import RunLog
+from diloco_ray.log.run_store import RunStore
+from diloco_ray.log.verify import verify
+from diloco_ray.run import open_run, replica_of
+from diloco_ray.simulation.in_process import train_in_process
+from tests.processes import Train, run_folder, training, write_recipe
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+
+
+@pytest.fixture
+def recipe(tiny: dict[str, Any]) -> dict[str, Any]:
+    """Rounds long enough to be hit in the middle."""
+    body = deepcopy(tiny)
+    body["rounds"] = 6
+    body["inner"]["steps_per_round"] = 60
+    body["sync"] = {"heartbeat_every_s": 0.5, "heartbeat_timeout_s": 30}
+    return body
+
+
+def digests(folder: Path) -> list[str]:
+    """The global model after every outer step."""
+    return [record.parameters_digest for record in RunLog.open(RunStore(str(folder))).records]
+
+
+def uninterrupted(body: dict[str, Any]) -> list[str]:
+    reference = {**body, "name": "reference"}
+    train_in_process(open_run(RunConfig.from_dict(reference)))
+    return digests(run_folder(reference))
+
+
+def assert_whole(folder: Path, expected: list[str]) -> None:
+    report = verify(RunStore(str(folder)), replica_of)
+    assert report.problems == ()
+    assert digests(folder) == expected
+
+
+def mid_round(round: int) -> Any:
+    """An island is in the middle of this round."""
+    return lambda status: any(i["round"] == round and 5 < i["step"] < 50 for i in status["islands"])
+
+
+def in_the_middle(train: Train, round: int) -> dict[str, Any]:
+    status = train.wait_until(mid_round(round))
+    return next(i for i in status["islands"] if i["round"] == round and 5 < i["step"] < 50)
+
+
+def test_an_undisturbed_ray_run_equals_the_in_process_run_bit_for_bit(recipe: dict[str, Any], tmp_path: Path) -> None:
+    expected = uninterrupted(recipe)
+    with training(write_recipe(tmp_path, recipe), run_folder(recipe)) as train:
+        output = train.wait_for_end()
+    assert_whole(run_folder(recipe), expected)
+    assert len([line for line in output.splitlines() if line.startswith("round ")]) == recipe["rounds"]
+
+
+def test_a_killed_island_comes_back_and_the_bits_are_the_same(recipe: dict[str, Any], tmp_path: Path) -> None:
+    expected = uninterrupted(recipe)
+    with training(write_recipe(tmp_path, recipe), run_folder(recipe)) as train:
+        victim = in_the_middle(train, 3)
+        os.kill(victim["pid"], signal.SIGKILL)
+        status = train.wait_until(
+            lambda s: any(i["name"] == victim["name"] and i["incarnation"] == 2 for i in s["islands"])
+        )
+        assert status["tokens"]["expired"] > 0
+        train.wait_for_end()
+    assert_whole(run_folder(recipe), expected)
+
+
+def test_a_killed_coordinator_comes_back_and_the_run_goes_on_by_itself(recipe: dict[str, Any], tmp_path: Path) -> None:
+    expected = uninterrupted(recipe)
+    with training(write_recipe(tmp_path, recipe), run_folder(recipe)) as train:
+        in_the_middle(train, 3)
+        status = train.status()
+        assert status is not None
+        os.kill(status["coordinator"]["pid"], signal.SIGKILL)
+        after = train.wait_until(lambda s: s["coordinator"]["fence_epoch"] == 2)
+        assert after["coordinator"]["pid"] != status["coordinator"]["pid"]
+        train.wait_for_end()
+        last = train.status()
+    assert last is not None
+    assert {island["incarnation"] for island in last["islands"]} == {1}
+    assert_whole(run_folder(recipe), expected)
+
+
+def test_the_same_command_goes_on_after_everything_was_killed(recipe: dict[str, Any], tmp_path: Path) -> None:
+    expected = uninterrupted(recipe)
+    path = write_recipe(tmp_path, recipe)
+    with training(path, run_folder(recipe)) as train:
+        in_the_middle(train, 4)
+        train.kill()
+    assert len(digests(run_folder(recipe))) < len(expected)
+    with training(path, run_folder(recipe)) as train:
+        output = train.wait_for_end()
+    assert "goes on from outer step" in output
+    assert_whole(run_folder(recipe), expected)
