@@ -143,8 +143,7 @@ class RunConfig(BaseModel):
         """Where the token shards lie: shared by all runs on the same corpus and tokenizer."""
         if self.data.prepared:
             return self.data.prepared
-        content = self.data.model_dump(mode="json", exclude={"prepared", "sequence_length"})
-        return f"{self.storage.path.rstrip('/')}/data/{sha256_hex(canonical_json(content))[:12]}"
+        return f"{self.storage.path.rstrip('/')}/data/{sha256_hex(canonical_json(self.data.content()))[:12]}"
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> "RunConfig":

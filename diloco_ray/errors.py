@@ -63,6 +63,12 @@ class FencedError(DiLoCoError):
     exit_code = 6
 
 
+class OvertakenError(DiLoCoError):
+    """An older coordinator committed one more record before it noticed this one; a replay of the log mends it."""
+
+    exit_code = 6
+
+
 class RunMismatchError(DiLoCoError):
     """A run folder, message or island that belongs to another run, model or data set."""
 

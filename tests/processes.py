@@ -62,15 +62,9 @@ class Train:
         return text
 
     def kill(self) -> None:
-        """SIGKILL to the driver; its local Ray dies with it. Waits until the islands are gone."""
-        status = self.status() or {"islands": [], "coordinator": {"pid": 0}}
-        pids = [island["pid"] for island in status["islands"]] + [status["coordinator"]["pid"]]
+        """SIGKILL to the driver. Its local Ray dies with it, a moment later: that moment is part of the story."""
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(timeout=30)
-        until = time.monotonic() + 60
-        while any(is_alive(pid) for pid in pids if pid):
-            assert time.monotonic() < until, f"processes of a killed run live on: {pids}"
-            time.sleep(0.1)
 
     def stop(self) -> None:
         if self._process.poll() is None:
@@ -81,14 +75,6 @@ class Train:
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait(timeout=30)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
 
 
 @contextmanager

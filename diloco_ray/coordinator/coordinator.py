@@ -49,7 +49,7 @@ from diloco_ray.coordinator.report import Report
 from diloco_ray.errors import DiLoCoError
 from diloco_ray.ids import sha256_hex
 from diloco_ray.log.record import Record
-from diloco_ray.log.run_log import RunLog, take_fence
+from diloco_ray.log.run_log import RunLog, check_fence, take_fence
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import list_snapshots, load_snapshot, prune_snapshots, restore, save_snapshot
 from diloco_ray.observe.events import of_kind
@@ -279,6 +279,7 @@ class Coordinator:
             optimizer_digest=digest.optimizer,
             tokens=dict(step.tokens),
         )
+        check_fence(self._store, self.fence_epoch)
         self._log.append(record, payload.data)
         self._computed[record.index] = (record, payload, step.reason)
         return Committed(self._now_s(), step.fragment, record.version, record.index)

@@ -71,7 +71,7 @@ class Evaluator:
         self._follower.replica.write_to_(self._tensors)
         loss = validation_loss(self._model, self._batches)
         sample = ""
-        if last and self._plan.sample_tokens and hasattr(self._model, "generate"):
+        if last and self._plan.sample_tokens:
             sample = sample_text(
                 self._model, self._tokenizer, self._plan.prompt, max_new_tokens=self._plan.sample_tokens, seed=0
             )

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from diloco_ray.errors import CorruptionError, FencedError, StoreError
+from diloco_ray.errors import CorruptionError, FencedError, OvertakenError, StoreError
 from diloco_ray.ids import sha256_hex
 from diloco_ray.log.record import Record, payload_path, seal
 from diloco_ray.log.run_store import Bytes, RunStore
@@ -62,7 +62,8 @@ class RunLog:
     def append(self, record: Record, payload: Bytes = b"") -> None:
         """Commits. When it returns, the record is durable; after a StoreError it may be: the same call is made again.
 
-        FencedError: another coordinator committed this index; stop. ValueError: the record does not continue this log.
+        FencedError: a newer coordinator committed this index; stop. OvertakenError: an older one did; open the log again.
+        ValueError: the record does not continue this log.
         """
         problem = self._chain.problem(record)
         if record.payload and sha256_hex(payload) != record.payload_sha256:
@@ -75,7 +76,7 @@ class RunLog:
         try:
             self.store.create(path, data)
         except FileExistsError:
-            self._check_own_retry(path, data)
+            self._check_own_retry(path, data, record.fence_epoch)
         self._add(record, sha256_hex(data))
 
     def payload(self, record: Record) -> bytes:
@@ -95,14 +96,15 @@ class RunLog:
         check_sha256(payload, record.payload_sha256, self.store.url_of(record.payload))
         return payload
 
-    def _check_own_retry(self, path: str, data: bytes) -> None:
+    def _check_own_retry(self, path: str, data: bytes, fence_epoch: int) -> None:
         """A put whose answer was lost is found again by its retry, and equal bytes are the same commit."""
         stored = self.store.read(path)
         if stored == data:
             return
         where = self.store.url_of(path)
         winner = Record.from_bytes(stored, where)
-        raise FencedError(
+        kind = FencedError if winner.fence_epoch > fence_epoch else OvertakenError
+        raise kind(
             f"record {winner.index} was committed by the coordinator of fence epoch {winner.fence_epoch} "
             f"of run {winner.run_id}",
             where=where,
@@ -154,6 +156,17 @@ class Chain:
         """Goes past a damaged record, of which nothing is known."""
         self.num_records += 1
         self.digest, self._versions, self._whole = None, {}, False
+
+
+def check_fence(store: RunStore, epoch: int) -> None:
+    """FencedError once a newer coordinator has taken a fence. Between this look and a commit, the create decides."""
+    newest = max(numbered(store, FENCES), default=0)
+    if newest > epoch:
+        raise FencedError(
+            f"a newer coordinator (fence epoch {newest}) writes this run; this one has {epoch}",
+            where=store.url,
+            remedy="let the newer one go on; this one can simply end",
+        )
 
 
 def take_fence(store: RunStore, run_id: str, holder: str) -> int:

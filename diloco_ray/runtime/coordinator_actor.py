@@ -16,6 +16,7 @@ import ray
 from diloco_ray.coordination.messages import Contribution, Verdict
 from diloco_ray.coordinator.coordinator import Coordinator, Job
 from diloco_ray.coordinator.job import CoordinatorJob
+from diloco_ray.errors import OvertakenError
 from diloco_ray.ids import canonical_json
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
@@ -133,6 +134,8 @@ class CoordinatorActor:
 
     def _done(self, future: "Future[Any]") -> None:
         error = future.exception()
+        if isinstance(error, OvertakenError):
+            os._exit(1)  # Ray starts the next life, which replays the log with the record that overtook this one
         if error is not None:
             self._coordinator.fail(error)
         else:

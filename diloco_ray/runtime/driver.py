@@ -161,9 +161,11 @@ class _Driver:
             except exceptions.RayTaskError:
                 raise
             except (exceptions.RayActorError, exceptions.GetTimeoutError) as error:
-                if _is_hopeless(error):
+                if isinstance(error, exceptions.RayActorError) and error.actor_init_failed:
                     raise ClusterError(
-                        f"the coordinator cannot start: {_reason(error)}", where=self._run.store.url
+                        f"the coordinator could not start: {str(error).strip().splitlines()[-1]}",
+                        where=self._run.store.url,
+                        remedy="mend the cause; the same command goes on from the last committed record",
                     ) from error
                 if time.monotonic() > until:
                     raise DeadlineError(

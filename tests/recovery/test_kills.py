@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 def recipe(tiny: dict[str, Any]) -> dict[str, Any]:
     """Rounds long enough to be hit in the middle."""
     body = deepcopy(tiny)
-    body["rounds"] = 6
-    body["inner"]["steps_per_round"] = 60
+    body["rounds"] = 10
+    body["inner"] |= {"steps_per_round": 60, "batch_size": 8}
     body["sync"] = {"heartbeat_every_s": 0.5, "heartbeat_timeout_s": 30}
     return body
 
@@ -97,7 +97,7 @@ def test_the_same_command_goes_on_after_everything_was_killed(recipe: dict[str, 
     expected = uninterrupted(recipe)
     path = write_recipe(tmp_path, recipe)
     with training(path, run_folder(recipe)) as train:
-        in_the_middle(train, 4)
+        in_the_middle(train, 3)
         train.kill()
     assert len(digests(run_folder(recipe))) < len(expected)
     with training(path, run_folder(recipe)) as train:
