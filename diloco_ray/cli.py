@@ -72,7 +72,7 @@ def train_recipe(config: Any) -> None:
     print(f"run folder: {result.path}")
     print("next:")
     print(f"  diloco-ray verify {folder}")
-    print(f"  diloco-ray sample {folder} --prompt 'def '")
+    print(f"  diloco-ray sample {folder} --prompt {config.evaluation.prompt!r}")
     print(f"  diloco-ray export {folder} --to {folder}/export")
 
 

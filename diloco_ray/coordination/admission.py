@@ -103,7 +103,7 @@ def ready_to_step(state: RunState, fragment: int, now_s: float) -> str:
         return ""
     if not awaited:
         return f"all {len(accepted)} live islands in"
-    since = state.since_s(fragment, state.rules.quorum)
+    since = state.quorum_since_s(fragment)
     if since is not None and now_s - since >= state.rules.grace_s:
         late = ", ".join(awaited)
         return f"{len(accepted)} of {len(accepted) + len(awaited)} in; {late} overran {state.rules.grace_s:g} s"

@@ -20,6 +20,7 @@ class Member:
     process: str = ""
     pid: int = 0
     node: str = ""
+    joined_s: float = 0.0
     last_seen_s: float = 0.0
     deadline_s: float = 0.0  # an expected member is waited for until then
     strikes: int = 0
@@ -48,11 +49,15 @@ def admit(known: Member, *, now_s: float, process: str, incarnation: int, pid: i
     """
     again = process == known.process and known.incarnation > 0
     survived = incarnation > known.incarnation or (incarnation == known.incarnation > 0 and not known.process)
-    incarnation = known.incarnation if again else incarnation if survived else known.incarnation + 1
+    if again:
+        incarnation = known.incarnation
+    elif not survived:
+        incarnation = known.incarnation + 1
     return replace(
         known,
         standing="alive",
         incarnation=incarnation,
+        joined_s=known.joined_s if again and known.standing == "alive" else now_s,
         process=process,
         pid=pid,
         node=node,

@@ -46,20 +46,18 @@ def issue_plans(state: RunState, islands: list[str]) -> RunState:
 def open_round(state: RunState, now_s: float) -> Step:
     """Gives work to the idle: all of them when no round is open, joiners only where the open round lacks islands.
 
-    Who overran the grace window, counted from the first that was done, no longer counts as taking part.
+    A joiner that has waited long enough for the open round to close gets work as well: who is at work may be hung.
     """
     if ended(state) or membership.names(state.members, "expected"):
         return state, []
     idle = [name for name in state.alive if name not in state.plans and not has_contributed(state, name)]
-    first_s = state.since_s(state.closing_fragment, 1)
-    overrun = first_s is not None and now_s - first_s >= state.rules.grace_s
-    taking_part = {name for name in state.alive if name in state.plans and not overrun}
+    taking_part = {name for name in state.alive if name in state.plans}
     taking_part |= set(state.accepted(state.closing_fragment))
     if not taking_part and len(state.alive) < state.rules.min_islands:
         return state, []
     short = len(taking_part) < state.rules.min_islands
     if state.phase != "gathering" and taking_part and not short:
-        return state, []
+        idle = [name for name in idle if now_s - state.members[name].joined_s > state.rules.waiting_timeout_s]
     state = replace(state, phase="training") if state.phase == "gathering" else state
     if not idle:
         return state, []

@@ -87,10 +87,10 @@ class RunState:
         }
         return dict(sorted(found.items()))
 
-    def since_s(self, fragment: int, count: int) -> float | None:
-        """When so many contributions to the fragment's next outer step were in; None: they are not."""
+    def quorum_since_s(self, fragment: int) -> float | None:
+        """When the grace window of the fragment's next outer step began; None: it has not."""
         times = sorted(item.accepted_s for item in self.accepted(fragment).values())
-        return times[count - 1] if len(times) >= count else None
+        return times[self.rules.quorum - 1] if len(times) >= self.rules.quorum else None
 
 
 def ended(state: RunState) -> bool:

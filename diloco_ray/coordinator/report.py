@@ -69,7 +69,8 @@ class Report:
         now_s = time.monotonic()
         seconds = now_s - (self._round_began_s or now_s)
         metrics = list(self._metrics.values())
-        steps = state.rules.inner_steps_per_round * close.applied
+        # One worker alone has nobody to exchange gradients with.
+        steps = state.rules.inner_steps_per_round * close.applied if close.applied > 1 else 0
         event = {
             "round": close.round,
             "outer_step": close.index,

@@ -7,6 +7,8 @@ module does not know how the model is trained.
 import difflib
 import importlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,26 @@ from diloco_ray.errors import ConfigError, RunMismatchError
 from diloco_ray.model.settings import ModelSettings
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the progress bars of transformers, which every process of a run would print."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def build_model(settings: ModelSettings, *, seed: int, vocab_size: int, eos_token_id: int) -> nn.Module:
     """A new module, float32 on the CPU, in training mode; the caller's random state is left as it was.
 
     ConfigError where it cannot be built; RunMismatchError where its vocabulary is smaller than the tokenizer's.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
         if settings.config is not None:
             model = _from_config(settings.config, vocab_size, eos_token_id)
@@ -30,6 +46,8 @@ def build_model(settings: ModelSettings, *, seed: int, vocab_size: int, eos_toke
             model = _from_path(settings.path, vocab_size)
         else:
             model = _from_factory(settings.factory or "", vocab_size=vocab_size, eos_token_id=eos_token_id)
+        if settings.weights is not None:
+            model = _with_weights(model, Path(settings.weights).expanduser())
         return model.to(device="cpu", dtype=torch.float32).train()
 
 
@@ -105,6 +123,35 @@ def _from_factory(factory: str, **known: int) -> nn.Module:
         what = f"{factory} returned {type(model).__name__}, not a torch.nn.Module"
         raise ConfigError(what, where="model.factory", remedy="return the model itself")
     return model
+
+
+def _with_weights(model: nn.Module, folder: Path) -> nn.Module:
+    """The model as `export` wrote it into the folder; every tensor has to be there and fit."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+    from transformers import PreTrainedModel
+
+    if not any(folder.glob("*.safetensors")):
+        remedy = "train and export the run that is to be started from, or check the path"
+        raise ConfigError(f"no weights in {folder}", where="model.weights", remedy=remedy)
+    try:
+        if not isinstance(model, PreTrainedModel):
+            load_model(model, folder / "model.safetensors")
+            return model
+        loaded, info = type(model).from_pretrained(
+            folder, config=model.config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise _unfit(folder, str(error)) from error
+    unfit = sorted([*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])])
+    if unfit:
+        raise _unfit(folder, ", ".join(unfit[:5]))
+    return loaded
+
+
+def _unfit(folder: Path, what: str) -> ConfigError:
+    remedy = "start from an export of a model with the same fields"
+    return ConfigError(f"the weights in {folder} do not fit: {what}", where="model.weights", remedy=remedy)
 
 
 def _all_fields_do_something(fields: dict[str, Any], auto_config: Any) -> None:

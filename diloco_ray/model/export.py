@@ -17,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
 from diloco_ray.errors import ConfigError, StoreError
+from diloco_ray.model.build import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,7 +148,8 @@ def _save(model: nn.Module, tokenizer_path: Path | None, stage: Path, metadata: 
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
-        model.save_pretrained(stage)
+        with quiet_transformers():
+            model.save_pretrained(stage)
     else:
         save_model(model, str(stage / "model.safetensors"))
     if tokenizer_path is not None:

@@ -22,11 +22,17 @@ class ModelSettings(BaseModel):
         description="package.module:function that returns a module whose forward(input_ids, labels) has a .loss",
     )
 
+    weights: str | None = Field(
+        None, min_length=1, description="folder of an earlier export to start from, instead of at random"
+    )
+
     @model_validator(mode="after")
     def _exactly_one(self) -> "ModelSettings":
         given = [name for name in ("config", "path", "factory") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of config, path, factory (given: {', '.join(given) or 'none'})")
+        if self.weights is not None and self.path is not None:
+            raise ValueError("path brings its own weights; give weights with config or factory only")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("config needs a model_type that transformers knows, such as model_type: llama")
         return self

@@ -112,7 +112,7 @@ def summary_lines(status: Mapping[str, Any]) -> list[str]:
         ratio = f" ({last / first:.2f} x)" if first and last else ""
         lines.append(f"validation loss of the outer parameters: {_number(first)} -> {_number(last)}{ratio}")
     total = sent["up"] + sent["down"]
-    if total:
+    if total and sent["data_parallel_equivalent"]:
         lines.append(
             f"sent {human_bytes(sent['up'])} up and {human_bytes(sent['down'])} down; data parallel (float32 gradients "
             f"up and down in every step) would have sent {human_bytes(sent['data_parallel_equivalent'])}: "

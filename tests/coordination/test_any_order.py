@@ -23,15 +23,17 @@ class AnyOrder(RuleBasedStateMachine):
     mail: list[Event]  # what islands and driver ever said: any of it may come once more
 
     @initialize(
+        num_islands=st.integers(2, 4),
         num_fragments=st.sampled_from([1, 3]),
         min_islands=st.integers(1, 2),
         quorum=st.integers(1, 2),
-        num_rounds=st.sampled_from([3, 1000]),
+        num_rounds=st.sampled_from([5, 1000]),
         num_sequences=st.sampled_from([6, 64]),
     )
-    def start(self, num_sequences: int, **changes: int) -> None:
-        self.world = World(replace(RULES, waiting_timeout_s=300.0, **changes), num_sequences, held=True)
-        self.world.start_coordinator(*NAMES[:2])
+    def start(self, num_islands: int, num_sequences: int, **changes: int) -> None:
+        self.world = World(replace(RULES, **changes), num_sequences, held=True)
+        self.world.start_coordinator(*NAMES[:num_islands])
+        self.world.join(*NAMES[:num_islands])
         self.mail = []
 
     def say(self, event: Event) -> None:
@@ -45,42 +47,31 @@ class AnyOrder(RuleBasedStateMachine):
         """Also where another process holds the name."""
         self.world.join(name)
 
-    @rule(name=names)
-    def a_process_dies(self, name: str) -> None:
-        island = self.world.islands.pop(name, None)
-        if island:
-            self.say(Lost(self.world.now_s, name, island.process, "killed"))
+    @rule(name=names, how=st.sampled_from(["killed", "unheard", "drained", "cut off", "hung"]))
+    def a_process_fails(self, name: str, how: str) -> None:
+        world, island = self.world, self.world.islands.get(name)
+        if island is None:
+            return
+        match how:
+            case "hung":
+                island.hung = True
+                return
+            case "cut off":  # the driver believes it dead
+                self.say(Lost(world.now_s, name, "", "partition"))
+                return
+            case "killed":
+                self.say(Lost(world.now_s, name, island.process, "killed"))
+            case "drained":
+                self.say(Left(world.now_s, name, island.incarnation, "preempted"))
+            case _:
+                pass
+        del world.islands[name]
 
-    @rule(name=names)
-    def a_process_dies_unheard(self, name: str) -> None:
-        self.world.islands.pop(name, None)
-
-    @rule(name=names)
-    def a_process_leaves(self, name: str) -> None:
-        island = self.world.islands.pop(name, None)
-        if island:
-            self.say(Left(self.world.now_s, name, island.incarnation, "preempted"))
-
-    @rule(name=names)
-    def an_island_is_cut_off(self, name: str) -> None:
-        """The driver believes a living process dead."""
-        self.say(Lost(self.world.now_s, name, "", "partition"))
-
-    @rule(name=names)
-    def an_island_beats(self, name: str) -> None:
+    @rule(name=names, again=st.booleans())
+    def an_island_is_heard(self, name: str, again: bool) -> None:
         if name in self.world.islands:
             self.mail.append(Heartbeat(self.world.now_s, name, self.world.islands[name].incarnation))
-            self.world.beat(name)
-
-    @rule(name=names)
-    def an_island_says_hello_again(self, name: str) -> None:
-        if name in self.world.islands:
-            self.mail.append(self.world.hello(name))
-
-    @rule(name=names)
-    def an_island_hangs(self, name: str) -> None:
-        if name in self.world.islands:
-            self.world.islands[name].hung = True
+            self.mail.append(self.world.hello(name)) if again else self.world.beat(name)
 
     # ---- contributions ----
 
@@ -92,9 +83,24 @@ class AnyOrder(RuleBasedStateMachine):
             self.say(Submitted(self.world.now_s, replace(c, codec="float32") if payload == "codec" else c))
             self.hear_verdict(island, c)
 
+    @rule(name=names, times=st.integers(1, 3))
+    def an_island_sends_rubbish(self, name: str, times: int) -> None:
+        for _ in range(times):
+            island = self.at_work(name)
+            if island:
+                self.say(Submitted(self.world.now_s, island.contribution(island.sent, "nan")))
+                self.world.run_jobs()
+                island.plan = None
+
     @rule(name=names)
     def an_island_sends_all_it_has(self, name: str) -> None:
         self.send_all(name)
+
+    @rule(without=names)
+    def all_but_one_send_what_they_have(self, without: str) -> None:
+        self.world.beat()
+        for name in sorted(set(self.world.islands) - {without}):
+            self.send_all(name)
 
     @rule(name=names, fragment=st.integers(0, 2), version=st.integers(0, 3))
     def an_island_sends_what_nobody_asked_for(self, name: str, fragment: int, version: int) -> None:
@@ -133,18 +139,23 @@ class AnyOrder(RuleBasedStateMachine):
     # ---- the coordinator and the world ----
 
     @precondition(lambda self: self.world.jobs)
-    @rule()
-    def a_job_is_done(self) -> None:
+    @rule(all_of_them=st.booleans())
+    def jobs_are_done(self, all_of_them: bool) -> None:
         self.mail.append(self.world.run_job())
+        while all_of_them and self.world.jobs:
+            self.mail.append(self.world.run_job())
 
-    @rule(expected=st.sets(names), committed=st.booleans())
-    def the_coordinator_dies_and_comes_back(self, expected: set[str], committed: bool) -> None:
+    @precondition(lambda self: self.world.state.index > 0 or self.world.life < 3)
+    @rule(committed=st.booleans(), heard=st.booleans())
+    def the_coordinator_dies_and_comes_back(self, committed: bool, heard: bool) -> None:
         """Perhaps between the commit of a record and the news of it."""
         job = self.world.jobs[0] if self.world.jobs else None
         if committed and job and not isinstance(job, Inspect):
             self.world.commit(job)
         self.mail = [event for event in self.mail if not isinstance(event, Committed)]
-        self.world.start_coordinator(*sorted(expected))
+        self.world.restart_coordinator()
+        if heard:
+            self.world.beat()
 
     @rule(seconds=st.sampled_from([0.5, 5.0, 12.0, 40.0]), name=names)
     def time_passes(self, seconds: float, name: str) -> None:
@@ -183,7 +194,7 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 AnyOrder.TestCase.settings = settings(
-    max_examples=60,
+    max_examples=200,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,

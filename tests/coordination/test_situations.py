@@ -164,9 +164,11 @@ def test_an_island_that_hangs_for_ever_is_replaced_by_one_that_is_idle():
     world = at_work("a", "hung")
     world.join("c")
     world.work("a")
-    world.pass_time(9.0)
+    world.pass_time(100.0)
     assert world.at_work == ("a", "hung")
-    world.pass_time(2.0)
+    world.hello("c")
+    world.pass_time(1.0)
+    assert world.at_work == ("a", "c", "hung")
     world.work("c")
     world.pass_time(11.0)
     assert [share.island for share in world.log[0].shares] == ["a", "c"]
@@ -278,7 +280,7 @@ def test_the_death_of_an_older_process_does_not_touch_its_successor():
         ({"fragment": 1}, "schema: fragment 1 of 1"),
         ({"fragment": -1}, "schema: fragment -1 of 1"),
         ({"base_version": 1}, "stale"),
-        ({"lease_id": "1.2"}, "lease: 1.2 is not held by a"),
+        ({"lease_id": "2.2"}, "lease: 2.2 is not held by a"),
         ({"codec": "float32"}, "schema: 100 bytes of float32 where 100 bytes of int8 belong"),
         ({"payload_bytes": 10**12}, "schema: 1000000000000 bytes"),
     ],
@@ -384,6 +386,19 @@ def test_a_run_that_waits_too_long_fails_and_says_who_is_missing():
     )
 
 
+def test_nothing_is_decided_any_more_when_the_run_has_failed():
+    world = at_work("a", "b")
+    world.held = True
+    world.send("a", payload="nan")
+    world.vanish("b")
+    world.pass_time(140.0)
+    state = world.state
+    assert state.phase == "failed"
+    world.run_jobs()
+    world.receive(Tick(1000.0))
+    assert world.state == state
+
+
 def test_a_run_that_nobody_joins_fails():
     world = World()
     for now_s in (0.0, 101.0):
@@ -473,6 +488,32 @@ def test_no_round_closes_before_the_survivors_are_back_or_overdue():
     assert world.state.round == 2
 
 
+def test_work_taken_up_while_the_outer_step_is_taken_gives_its_data_back_with_the_round():
+    world = at_work("a", "b", "late")
+    held = world.ranges("late")
+    world.work("a", "b")
+    world.held = True
+    world.pass_time(10.0)
+    assert world.state.stepping == {0}
+    world.receive(Lost(world.now_s, "late", "", "partition"))
+    world.hello("late")
+    assert world.state.plans["late"].ranges == held
+    world.run_jobs()
+    assert world.state.round == 1
+    assert world.ranges("late") == held
+
+
+@pytest.mark.parametrize("changes", [{"base_version": 1}, {"round": 1}, {"inner_steps": 9}, {"ranges": ()}])
+def test_held_work_that_does_not_fit_the_open_round_is_void(changes: dict[str, object]):
+    world = at_work("a", "b")
+    held = world.islands["a"].plan
+    assert held is not None
+    world.islands["a"].plan = replace(held, **changes)
+    world.restart_coordinator()
+    world.hello("a")
+    assert world.at_work == ()
+
+
 def test_work_held_by_one_island_is_not_adopted_for_another():
     world = at_work("a", "b")
     held = world.islands["a"].plan
@@ -547,6 +588,17 @@ def test_an_island_lost_between_two_fragments_stays_in_the_first_and_gives_its_d
     world.work("a", "b")
     assert [len(step.shares) for step in world.log] == [3, 2, 2]
     assert world.state.round == 1
+
+
+def test_the_fragment_that_spends_the_data_closes_last():
+    world = at_work("a", "b", "c", num_fragments=2)
+    world.work("a", "b")
+    world.held = True
+    world.send("c", 0)
+    world.pass_time(12.0)
+    assert not world.state.stepping
+    world.run_jobs()
+    assert [step.fragment for step in world.log] == [0, 1]
 
 
 def test_a_fragment_that_has_stepped_takes_no_contribution_to_the_next_round_before_the_others_have():

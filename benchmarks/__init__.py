@@ -1,0 +1,1 @@
+"""Measurements: ratios against floors and peers, and the papers' claims. Never run by CI."""
