@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from diloco_ray.algorithm.codecs import CODEC_NAMES
 from diloco_ray.algorithm.settings import OuterSettings
 from diloco_ray.coordination.settings import SyncSettings
 from diloco_ray.data.settings import DataSettings
@@ -38,6 +39,7 @@ CHANGEABLE = (
     "sync.heartbeat_timeout_s",
     "sync.join_timeout_s",
     "sync.waiting_timeout_s",
+    "sync.stall_timeout_s",
     "sync.coordinator_timeout_s",
     "sync.max_norm_ratio",
 )
@@ -113,6 +115,10 @@ class RunConfig(BaseModel):
         least, most = self.islands
         if not 1 <= least <= most:
             raise ValueError(f"islands={list(self.islands)}: choose [least, most] with 1 <= least <= most")
+        for field in ("uplink", "downlink"):
+            name = getattr(self.sync, field)
+            if name not in CODEC_NAMES:
+                raise ValueError(f"sync.{field}={name} is no codec; choose one of {', '.join(CODEC_NAMES)}")
         quorum = self.sync.quorum
         if quorum is not None and not least <= quorum <= most:
             raise ValueError(f"sync.quorum={quorum} lies outside islands={list(self.islands)}; choose one inside")
@@ -226,7 +232,8 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
             lines.append(f"unknown key {path}")
             remedies.append(f"did you mean {near[0]}?" if near else f"choose one of: {known}")
         else:
-            given = "" if item["type"] == "missing" or not path else f" (given: {item['input']!r})"
+            whole = item["type"] == "missing" or isinstance(item["input"], dict)
+            given = "" if whole else f" (given: {item['input']!r})"
             text = item["msg"].removeprefix("Value error, ")
             lines.append(f"{path}: {text}{given}" if path else text)
     what = "; ".join(lines)
@@ -237,4 +244,4 @@ def _fields_at(path: tuple[int | str, ...]) -> list[str]:
     model: Any = RunConfig
     for part in path:
         model = model.model_fields[part].annotation
-    return list(model.model_fields)
+    return list(getattr(model, "model_fields", ()))

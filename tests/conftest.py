@@ -9,7 +9,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-WORDS = "the a one outer inner step island moves far from its base and comes back with news of what it saw".split()
+TEXT = "the a one outer inner step island moves far from its base and comes back with news of what it saw"
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file of 2,000 seeded sentences."""
     rng = random.Random(0)
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text("\n".join(" ".join(rng.choices(WORDS, k=12)) + "." for _ in range(2000)))
+    path.write_text("\n".join(" ".join(rng.choices(TEXT.split(), k=12)) + "." for _ in range(2000)))
     return path
 
 

@@ -161,8 +161,9 @@ def watch_the_wait(state: RunState, now_s: float) -> Step:
         reason = (
             f"{num_alive} of at least {rules.min_islands} islands alive; waiting up to {rules.waiting_timeout_s:g} s"
         )
-        phase = state.phase if state.phase == "gathering" else "waiting"
-        return replace(state, waiting_since_s=now_s, phase=phase, reason=reason), [Note(reason)]
+        if state.phase == "gathering":
+            return replace(state, waiting_since_s=now_s, reason=reason), []
+        return replace(state, waiting_since_s=now_s, phase="waiting", reason=reason), [Note(reason)]
     if now_s - state.waiting_since_s > rules.waiting_timeout_s:
         gone = [membership.whereabouts(m) for m in state.members.values() if m.standing != "alive"]
         reason = f"{num_alive} of at least {rules.min_islands} islands alive after {rules.waiting_timeout_s:g} s"

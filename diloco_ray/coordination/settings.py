@@ -22,5 +22,6 @@ class SyncSettings(BaseModel):
     heartbeat_timeout_s: float = Field(60.0, gt=0, description="silence after which an island counts as lost")
     join_timeout_s: float = Field(120.0, gt=0, description="wait for expected islands at a start before going without")
     waiting_timeout_s: float = Field(1800.0, gt=0, description="wait with fewer than the least islands before failing")
+    stall_timeout_s: float = Field(1800.0, gt=0, description="an island whose inner loop stands still ends itself")
     coordinator_timeout_s: float = Field(600.0, gt=0, description="how long an island waits for a silent coordinator")
     max_norm_ratio: float = Field(100.0, gt=1, description="an outer gradient this much above the median is refused")

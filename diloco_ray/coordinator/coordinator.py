@@ -111,6 +111,8 @@ class Coordinator:
         self.receive(
             Joined(self._now_s(), hello.island, hello.process, hello.incarnation, hello.pid, hello.node, hello.held)
         )
+        if ended(self.state):
+            return Welcome(max(1, hello.incarnation))  # it will hear from `news` that the run is over
         member = self.state.members[hello.island]
         if member.standing == "alive" and member.process == hello.process:
             return Welcome(member.incarnation)
@@ -196,7 +198,7 @@ class Coordinator:
     # ---- receive, reduce, perform ----
 
     def receive(self, event: Event | None) -> None:
-        if event is None or (ended(self.state) and not isinstance(event, Heartbeat | Left)):
+        if event is None or (ended(self.state) and not isinstance(event, Heartbeat | Left | Submitted)):
             return
         if isinstance(event, Committed):
             record, payload, reason = self._computed.pop(event.index)
@@ -212,7 +214,8 @@ class Coordinator:
     def _perform(self, command: Command) -> None:
         match command:
             case Inspect(contribution):
-                self._later(lambda: self._inspect(contribution))
+                held = self._payloads[contribution.key, contribution.payload_sha256]
+                self._later(lambda: self._inspect(contribution, held))
             case Answer(contribution, verdict):
                 self._verdicts[contribution.key, contribution.payload_sha256] = verdict
                 if verdict.status == "accepted":
@@ -240,12 +243,11 @@ class Coordinator:
 
     # ---- jobs: run by `later`, one after the other; the only users of replica and log ----
 
-    def _inspect(self, contribution: Contribution) -> Inspected:
-        name = (contribution.key, contribution.payload_sha256)
-        held = self._payloads[name]
+    def _inspect(self, contribution: Contribution, held: "_Payload") -> Inspected:
         norm, problem = 0.0, ""
-        if held.data.size != contribution.payload_bytes or held.data.dtype != np.uint8:
-            problem = f"truncated: {held.data.size} bytes arrived, {contribution.payload_bytes} were announced"
+        if held.data.shape != (contribution.payload_bytes,) or held.data.dtype != np.uint8:
+            arrived = f"{held.data.dtype} of shape {held.data.shape}"
+            problem = f"form: {arrived} arrived, {contribution.payload_bytes} bytes were announced"
         elif sha256_hex(held.own().data) != contribution.payload_sha256:
             problem = "digest: the payload is not what its header says"
         else:

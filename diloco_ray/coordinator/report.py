@@ -124,6 +124,7 @@ class Report:
                     "state": member.standing,
                     "reason": member.reason,
                     "pid": member.pid,
+                    "process": member.process,
                     "node": member.node,
                     "incarnation": member.incarnation,
                     "round": int(member.progress.get("round", state.round)),

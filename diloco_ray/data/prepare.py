@@ -39,6 +39,7 @@ from diloco_ray.ids import canonical_json, sha256_hex
 
 TOKENS_PER_SHARD = 16 * 1024 * 1024
 BATCH_BYTES = 4 * 1024 * 1024
+SMALL_CORPUS = 10_000  # documents; up to here they are hashed once more beforehand, so that one is surely held out
 
 JOURNAL = "journal.json"
 
@@ -76,9 +77,10 @@ def prepare(settings: DataSettings, to: str, *, progress: Progress | None = None
         _same_settings(finished, settings, folder)
         return finished
     corpus = open_corpus(settings)
+    limit = validation_limit(corpus, settings.validation_fraction)
     done = _taken_up(folder, settings, corpus)
     if done is None:
-        tokenizer = build_tokenizer(settings.tokenizer, lambda: _train_documents(corpus, settings.validation_fraction))
+        tokenizer = build_tokenizer(settings.tokenizer, lambda: _train_documents(corpus, limit))
         texts = {f"{TOKENIZER}{name}": data for name, data in tokenizer_files(tokenizer).items()}
         files = {name: folder.write(name, data) for name, data in texts.items()}
         done = _Done(0, 0, {name: Split(0, 0, ()) for name in SPLITS}, files)
@@ -92,7 +94,7 @@ def prepare(settings: DataSettings, to: str, *, progress: Progress | None = None
 
     part, num_read = _Part(), done.num_read
     for documents in _batches(islice(corpus.documents(), num_read, None)):
-        _add(part, documents, encode, np.array([eos_token_id], dtype), settings.validation_fraction)
+        _add(part, documents, encode, np.array([eos_token_id], dtype), limit)
         num_read += len(documents)
         if max(part.num_tokens.values()) >= TOKENS_PER_SHARD:
             done = _write(folder, part, replace(done, num_read=num_read))
@@ -122,13 +124,21 @@ def smallest_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("u1" if vocab_size <= 2**8 else "<u2" if vocab_size <= 2**16 else "<u4")
 
 
-def in_validation(document: bytes, fraction: float) -> bool:
-    """By the document's sha256 alone: the same in every run, on every machine, and for every copy of it."""
-    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big") < fraction * 2**64
+def place(document: bytes) -> int:
+    """Where a document falls among 0 .. 2**64 - 1, by its sha256 alone: the same in every run and for every copy."""
+    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big")
 
 
-def _train_documents(corpus: Corpus, fraction: float) -> Iterator[bytes]:
-    return (document for document in corpus.documents() if not in_validation(document, fraction))
+def validation_limit(corpus: Corpus, fraction: float) -> int:
+    """Documents below it are held out: that fraction of them, and of a small corpus at least the lowest one."""
+    limit = int(fraction * 2**64)
+    if corpus.num_documents is None or corpus.num_documents > SMALL_CORPUS:
+        return limit
+    return max(limit, min((place(document) for document in corpus.documents() if document), default=0) + 1)
+
+
+def _train_documents(corpus: Corpus, limit: int) -> Iterator[bytes]:
+    return (document for document in corpus.documents() if place(document) >= limit)
 
 
 def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
@@ -143,10 +153,10 @@ def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield batch
 
 
-def _add(part: _Part, documents: list[bytes], encode: Encode, end: np.ndarray, fraction: float) -> None:
+def _add(part: _Part, documents: list[bytes], encode: Encode, end: np.ndarray, limit: int) -> None:
     documents = [document for document in documents if document]
     for document, tokens in zip(documents, encode(documents)):
-        name = SPLITS[in_validation(document, fraction)]
+        name = SPLITS[place(document) < limit]
         part.tokens[name] += (tokens, end)
         part.num_tokens[name] += len(tokens) + 1
         part.num_documents[name] += 1

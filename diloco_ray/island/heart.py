@@ -4,18 +4,30 @@ It also hears what the coordinator has to say: a restarted one does not know the
 made the work in hand void, another process may hold the name.
 """
 
+import os
+import sys
 import threading
+import time
 
 from diloco_ray.errors import DiLoCoError, FencedError
 from diloco_ray.island.worker import Island, RoundAbandonedError
 from diloco_ray.transport.protocol import Beat, Transport
 
+HUNG = 75  # exit status of a process that gave up on its own training thread
+
 
 class Heart:
-    """Beats from construction to `stop`. Bad news reaches the training thread between two inner steps."""
+    """Beats from construction to `stop`. Bad news reaches the training thread between two inner steps.
 
-    def __init__(self, island: Island, transport: Transport, every_s: float):
+    A training thread that has a plan and makes no step for stall_timeout_s is hung: the process ends, so that another
+    one can take its place.
+    """
+
+    def __init__(self, island: Island, transport: Transport, every_s: float, stall_timeout_s: float):
         self._island, self._transport, self._every_s = island, transport, every_s
+        self._stall_timeout_s = stall_timeout_s
+        self._moved_s = time.monotonic()
+        self._last_seen: object = None
         self._void_lease = ""
         self._error: DiLoCoError | None = None
         self._stopped = threading.Event()
@@ -35,11 +47,20 @@ class Heart:
 
     def _beat_on(self) -> None:
         while not self._stopped.wait(self._every_s):
+            self._end_if_hung()
             try:
                 self._beat()
             except DiLoCoError as error:
                 self._error = error
                 return
+
+    def _end_if_hung(self) -> None:
+        seen = (self._island.plan, self._island.progress)
+        if self._island.plan is None or seen != self._last_seen:
+            self._last_seen, self._moved_s = seen, time.monotonic()
+        elif time.monotonic() - self._moved_s > self._stall_timeout_s:
+            print(f"no inner step for {self._stall_timeout_s:g} s: ending this process", file=sys.stderr, flush=True)
+            os._exit(HUNG)
 
     def _beat(self) -> None:
         island, plan = self._island, self._island.plan

@@ -98,17 +98,20 @@ class Island:
         self._new_optimizer()
         self._optimizer_round = -1  # the round at whose start the optimizer stands; -1: nothing loaded yet
         self._own_steps: int | None = None
+        self._sent: list[tuple[Contribution, np.ndarray]] = []  # ours until their records are committed (I3)
+        self._sent_plan: InnerPlan | None = None
+        self._said_hello = False
         self._done_lease = ""
         self._idle_since_s = time.monotonic()  # end of the last inner loop: from then on it waits, encodes, merges
         self._sync_wait_s = 0.0
 
     def say_hello(self) -> None:
         """Takes or keeps the name; raises FencedError where another process holds it."""
-        who = self.identity
-        welcome = self.transport.join(Hello(who.island, who.process, who.pid, who.node, self.incarnation, self.plan))
+        who, held = self.identity, self.plan or self._sent_plan
+        welcome = self.transport.join(Hello(who.island, who.process, who.pid, who.node, self.incarnation, held))
         if welcome.problem:
             raise FencedError(welcome.problem, where=who.island, remedy="look at the run's events for the reason")
-        self.incarnation = welcome.incarnation
+        self.incarnation, self._said_hello = welcome.incarnation, True
 
     def start(self) -> None:
         self.say_hello()
@@ -131,15 +134,30 @@ class Island:
             case "ok":
                 pass
         self._follower.replay(news.records)
+        self._forget_what_is_final()
+        if self._said_hello:
+            self._send_again()
         plan = news.plan
-        if plan and plan.lease_id != self._done_lease and plan.base_index == self._follower.index:
+        if plan and plan.lease_id != self._done_lease and plan.base_index <= self._follower.index:
             self._work(plan)
         return True
+
+    def _send_again(self) -> None:
+        """A restarted coordinator has lost what its predecessor had accepted and not committed."""
+        self._said_hello = False
+        for contribution, payload in self._sent:
+            self._submit(contribution, payload)
+
+    def _forget_what_is_final(self) -> None:
+        versions = self._follower.replica.versions
+        self._sent = [(c, payload) for c, payload in self._sent if versions[c.fragment] <= c.base_version]
+        if not self._sent:
+            self._sent_plan = None
 
     # ---- one round ----
 
     def _work(self, plan: InnerPlan) -> None:
-        self.plan = plan
+        self.plan, self._sent = plan, []
         self._sync_wait_s = time.monotonic() - self._idle_since_s
         try:
             self._fetch_base(plan)
@@ -153,6 +171,8 @@ class Island:
         if not kept:  # a round that does not count leaves no trace
             self._checkpoints.delete(plan.round + 1)
             self._optimizer_round = -1
+            self._sent = []
+        self._sent_plan = plan if kept else None
         self._done_lease, self.plan = plan.lease_id, None
 
     def _fetch_base(self, plan: InnerPlan) -> None:
@@ -197,7 +217,9 @@ class Island:
         payload = torch.empty(self._uplink.num_bytes(fragment.num_values), dtype=torch.uint8)
         base = self._follower.replica.parameters(fragment.index)
         stats = encode_outer_gradient_(base, island, self._uplink, payload)
-        return self._submit(self._header(plan, fragment, payload.numpy(), result, stats), payload.numpy())
+        contribution = self._header(plan, fragment, payload.numpy(), result, stats)
+        self._sent.append((contribution, payload.numpy()))
+        return self._submit(contribution, payload.numpy())
 
     def _header(
         self, plan: InnerPlan, fragment: Fragment, payload: np.ndarray, result: InnerResult, stats: OuterGradientStats

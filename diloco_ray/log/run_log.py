@@ -62,7 +62,7 @@ class RunLog:
     def append(self, record: Record, payload: Bytes = b"") -> None:
         """Commits. When it returns, the record is durable; after a StoreError it may be: the same call is made again.
 
-        FencedError: a newer coordinator committed this index; stop. OvertakenError: an older one did; open the log again.
+        FencedError: a newer coordinator committed this index; stop. OvertakenError: an older one did; open it anew.
         ValueError: the record does not continue this log.
         """
         problem = self._chain.problem(record)

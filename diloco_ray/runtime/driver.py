@@ -89,6 +89,7 @@ class _Driver:
             self._tend()
             status, events = self._ask()
             self._show(status, events)
+            self._end_the_silent(status)
         self._raise_if_failed(status)
         return self._finish()
 
@@ -103,10 +104,7 @@ class _Driver:
         process = uuid.uuid4().hex
         cluster = self._run.config.cluster
         actor = IslandActor.options(**actor_options(cluster.island_resources, cluster.label_selector)).remote()
-        sync = self._run.config.sync
-        ref = actor.live.remote(
-            self._run.island_job(), name, process, self._coordinator, sync.heartbeat_every_s, self._silence_s
-        )
+        ref = actor.live.remote(self._run.island_job(), name, process, self._coordinator, self._run.config.sync)
         self._lives[ref] = Life(name, process, actor)
 
     def _start_evaluator(self) -> None:
@@ -140,6 +138,14 @@ class _Driver:
                 ) from error
         self._try(self._coordinator.lost.remote(life.name, life.process, reason))
         self._start_island(life.name)
+
+    def _end_the_silent(self, status: dict[str, Any]) -> None:
+        """A process that the coordinator has given up, and that has not come back since, makes room for another."""
+        patience_s = 2 * self._run.config.sync.heartbeat_timeout_s
+        silent = {i["process"] for i in status["islands"] if i["state"] == "lost" and i["last_seen_s"] > patience_s}
+        for life in self._lives.values():
+            if life.process in silent:
+                ray.kill(life.actor, no_restart=True)  # its call ends with an error, which `_tend` sees
 
     def _tend_evaluator(self) -> None:
         try:

@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 
+from diloco_ray.coordination.settings import SyncSettings
 from diloco_ray.errors import DiLoCoError
 from diloco_ray.island.evaluator import EvaluationPlan, Evaluator
 from diloco_ray.island.heart import Heart
@@ -19,14 +20,12 @@ FOLLOW_S = 10.0  # one long poll
 class IslandActor:
     """An island that is a node, or part of one, of the coordinator's own Ray cluster."""
 
-    def live(
-        self, job: IslandJob, name: str, process: str, coordinator: Any, beat_every_s: float, silence_s: float
-    ) -> str:
+    def live(self, job: IslandJob, name: str, process: str, coordinator: Any, sync: SyncSettings) -> str:
         """Trains until the run is over. Errors end the process and reach the driver with their text."""
-        transport = RayTransport(coordinator, silence_s)
+        transport = RayTransport(coordinator, sync.coordinator_timeout_s)
         island = Island(job, Identity(name, process, os.getpid(), ray.util.get_node_ip_address()), transport)
         island.start()
-        heart = Heart(island, transport, beat_every_s)
+        heart = Heart(island, transport, sync.heartbeat_every_s, sync.stall_timeout_s)
         try:
             while island.turn(FOLLOW_S):
                 pass

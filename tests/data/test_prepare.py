@@ -6,7 +6,7 @@ import pytest
 
 from diloco_ray.data import prepare as room
 from diloco_ray.data.manifest import Manifest
-from diloco_ray.data.prepare import in_validation, prepare, smallest_dtype
+from diloco_ray.data.prepare import place, prepare, smallest_dtype
 from diloco_ray.data.settings import DataSettings
 from diloco_ray.data.tokenizers import load_tokenizer
 from diloco_ray.errors import CorruptionError, DataError, StoreError
@@ -36,7 +36,7 @@ def test_bytes_of_each_document_in_order_then_a_zero(corpus, documents, tmp_path
     manifest = prepare(DataSettings(corpus=corpus), str(tmp_path))
     for name, part in (("train", False), ("validation", True)):
         found = [bytes(tokens).decode() for tokens in split_documents(manifest, tmp_path, name)]
-        assert found == [text for text in documents if in_validation(text.encode(), 0.02) == part]
+        assert found == [text for text in documents if (place(text.encode()) < 0.02 * 2**64) == part]
     assert manifest.num_tokens == {
         name: sum((tmp_path / shard).stat().st_size for shard in split.shards)
         for name, split in manifest.splits.items()
@@ -128,7 +128,7 @@ def test_a_trained_tokenizer_knows_the_train_part_and_loads_with_transformers(co
     assert manifest.vocab_size == len(tokenizer) == 320
     assert manifest.dtype == "<u2"
     found = [tokenizer.decode(tokens) for tokens in split_documents(manifest, tmp_path, "train")]
-    assert found == [text for text in documents if not in_validation(text.encode(), 0.02)]
+    assert found == [text for text in documents if place(text.encode()) >= 0.02 * 2**64]
     manifest_again = prepare(DataSettings(corpus=corpus, tokenizer="train:320"), str(tmp_path / "again"))
     assert manifest_again.digest == manifest.digest
 
@@ -180,7 +180,7 @@ def test_the_manifest_names_every_file_and_notices_damage(corpus, tmp_path):
 
 
 def test_the_validation_share_is_the_fraction_asked_for():
-    counts = Counter(in_validation(str(number).encode(), 0.1) for number in range(10_000))
+    counts = Counter(place(str(number).encode()) < 0.1 * 2**64 for number in range(10_000))
     assert 900 < counts[True] < 1100
 
 

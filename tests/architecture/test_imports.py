@@ -1,0 +1,50 @@
+"""The house: what may import what, and what a bare import costs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_loads_neither_ray_nor_torch() -> None:
+    assert not {"ray", "torch", "transformers", "datasets"} & loaded_by("import diloco_ray")
+
+
+def test_the_command_lines_help_loads_neither_ray_nor_torch() -> None:
+    assert not {"ray", "torch", "transformers"} & loaded_by("import diloco_ray.cli")
+
+
+def test_an_engine_without_ray_never_loads_it() -> None:
+    assert "ray" not in loaded_by("import diloco_ray.simulation.in_process")
+
+
+def test_the_public_names_are_there() -> None:
+    import diloco_ray
+
+    assert {"DiLoCoTrainer", "Result", "RunConfig"} == set(diloco_ray.__all__)
+    assert all(getattr(diloco_ray, name) for name in diloco_ray.__all__)
+
+
+def test_no_module_outgrows_its_room() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "diloco_ray").rglob("*.py")}
+    assert {str(path): length for path, length in lengths.items() if length > 300} == {}
+
+
+def test_imports_go_down_only() -> None:
+    lint_imports = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([lint_imports], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_no_payload_is_ever_code() -> None:
+    rooms = [ROOT / "diloco_ray" / room for room in ("transport", "log", "algorithm", "island", "coordinator")]
+    texts = {path: path.read_text() for room in rooms for path in room.rglob("*.py")}
+    guilty = [str(p) for p, text in texts.items() if "import pickle" in text or "torch.load" in text]
+    assert guilty == []

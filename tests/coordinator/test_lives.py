@@ -1,0 +1,207 @@
+"""Coordinator lives: what a second one finds, what the first one may no longer do, and what a restart must not lose."""
+
+from pathlib import Path
+
+import pytest
+
+from diloco_ray.coordination.messages import Committed, Verdict
+from diloco_ray.errors import FencedError, StoreError
+from diloco_ray.log.run_log import RunLog
+from diloco_ray.log.run_store import RunStore
+from diloco_ray.transport.protocol import Beat
+from tests.small_run import Life, SmallIsland, begun, files, join_all, records, restored, small_job
+
+JOB = small_job(num_islands=2)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    return begun(RunStore(str(tmp_path / "run")), JOB)
+
+
+def two_islands(life: Life) -> list[SmallIsland]:
+    islands = [SmallIsland(0, JOB), SmallIsland(1, JOB)]
+    join_all(life.coordinator, islands)
+    return islands
+
+
+def one_round(life: Life, islands: list[SmallIsland]) -> None:
+    for island in islands:
+        assert life.submit(*island.contribution(life.plan_of(island))).status == "accepted"
+
+
+def whole_run(store: RunStore) -> list[str]:
+    """The digests of a run that nothing happened to."""
+    life = Life(store, JOB)
+    islands = two_islands(life)
+    for _ in range(JOB.rules.num_rounds):
+        one_round(life, islands)
+    assert life.coordinator.state.phase == "succeeded"
+    return [record.parameters_digest for record in records(store)]
+
+
+def reference(tmp_path: Path) -> list[str]:
+    return whole_run(begun(RunStore(str(tmp_path / "reference")), JOB))
+
+
+def assert_nothing_lost_nothing_twice(store: RunStore, expected: list[str]) -> None:
+    log = records(store)
+    assert [record.parameters_digest for record in log] == expected
+    assert [record.version for record in log] == [1, 2, 3]
+    spent = [piece for record in log for share in record.shares for piece in share.spent]
+    sequences = [(p.epoch, number) for p in spent for number in range(p.start, p.stop)]
+    assert len(sequences) == len(set(sequences)) == 3 * 2 * 4
+    tokens = log[-1].tokens
+    assert tokens["committed"] == 3 * 2 * 64
+    fates = sum(tokens[fate] for fate in ("committed", "rejected", "expired", "rewound", "outstanding"))
+    assert tokens["leased"] == fates
+
+
+def test_a_second_coordinator_fences_the_first_which_writes_nothing_more(store: RunStore, tmp_path: Path) -> None:
+    expected = reference(tmp_path)
+    first = Life(store, JOB)
+    islands = two_islands(first)
+    one_round(first, islands)
+    second = Life(store, JOB)
+    assert second.coordinator.fence_epoch == first.coordinator.fence_epoch + 1
+
+    for island in islands:
+        first.coordinator.submit(*island.contribution(first.plan_of(island)))
+    for _ in islands:
+        first.coordinator.receive(first.run_job())  # the inspections; the outer step is next
+    before = files(store)
+    with pytest.raises(FencedError, match="fence epoch 2"):
+        first.run_job()
+    assert files(store) == before
+    assert first.coordinator.state.index == 1
+
+    for island in islands:
+        assert island.join(second.coordinator) == ""
+    for _ in range(2):
+        one_round(second, islands)
+    assert_nothing_lost_nothing_twice(store, expected)
+    assert [record.fence_epoch for record in records(store)] == [1, 2, 2]
+
+
+def test_a_coordinator_that_lost_the_race_for_a_record_stops_even_if_it_saw_no_newer_fence(store: RunStore) -> None:
+    """The create of the record decides, not the look at the fences."""
+    first = Life(store, JOB)
+    islands = two_islands(first)
+    for island in islands:
+        first.coordinator.submit(*island.contribution(first.plan_of(island)))
+    for _ in islands:
+        first.coordinator.receive(first.run_job())
+    second = Life(store, JOB)
+    one_round(second, two_islands(second))
+    store.delete("fences/00000002.json")
+    before = files(store)
+    with pytest.raises(FencedError, match="record 1 was committed by the coordinator of fence epoch 2"):
+        first.run_job()
+    assert {name: data for name, data in files(store).items() if name in before} == before
+    assert len(records(store)) == 1
+
+
+@pytest.mark.parametrize("work_survives", [True, False], ids=["islands live", "islands start anew"])
+def test_a_crash_between_commit_and_announcement_loses_nothing_and_repeats_nothing(
+    store: RunStore, tmp_path: Path, work_survives: bool
+) -> None:
+    expected = reference(tmp_path)
+    first = Life(store, JOB)
+    islands = two_islands(first)
+    held = {island.name: first.plan_of(island) for island in islands}
+    sent = {island.name: island.contribution(first.plan_of(island)) for island in islands}
+    for island in islands:
+        first.coordinator.submit(*sent[island.name])
+    for _ in islands:
+        first.coordinator.receive(first.run_job())
+    committed = first.run_job()  # and nobody hears of it
+    assert isinstance(committed, Committed)
+    assert first.coordinator.state.index == 0
+
+    second = Life(store, JOB)
+    assert second.coordinator.state.index == 1
+    assert second.coordinator.state.round == 1
+    if work_survives:
+        for island in islands:
+            assert second.coordinator.beat(Beat(island.name, island.incarnation)) == "rejoin"
+            assert island.join(second.coordinator, held[island.name]) == ""
+            assert island.incarnation == 1
+            assert second.submit(*sent[island.name]) == Verdict("committed")
+    else:
+        islands = two_islands(second)
+        assert [island.incarnation for island in islands] == [2, 2]
+    for _ in range(2):
+        one_round(second, islands)
+    assert_nothing_lost_nothing_twice(store, expected)
+
+
+@pytest.mark.parametrize("num_jobs", range(9))
+def test_a_crash_before_any_job_ends_with_the_bits_of_an_uninterrupted_run(
+    store: RunStore, tmp_path: Path, num_jobs: int
+) -> None:
+    """Jobs are all that a coordinator does to files; islands lose their accepted work and do it again."""
+    expected = reference(tmp_path)
+    first = Life(store, JOB)
+    islands = two_islands(first)
+    left = num_jobs
+    while left and first.coordinator.state.round < 2:
+        for island in islands:
+            if island.name in first.coordinator.state.plans:
+                first.coordinator.submit(*island.contribution(first.plan_of(island)))
+        while first.jobs and left:
+            first.coordinator.receive(first.run_job())
+            left -= 1
+    second = Life(store, JOB)
+    islands = two_islands(second)
+    while second.coordinator.state.phase != "succeeded":
+        one_round(second, islands)
+    assert_nothing_lost_nothing_twice(store, expected)
+
+
+def test_the_work_in_hand_is_taken_up_again_when_only_the_coordinator_was_restarted(store: RunStore) -> None:
+    first = Life(store, JOB)
+    islands = two_islands(first)
+    one_round(first, islands)
+    held = {island.name: first.plan_of(island) for island in islands}
+    second = Life(store, JOB)
+    for island in islands:
+        assert island.join(second.coordinator, held[island.name]) == ""
+    assert second.coordinator.state.plans == held
+    one_round(second, islands)
+    assert records(store)[1].tokens["expired"] == records(store)[1].tokens["leased"] - 4 * 64
+
+
+def test_a_failed_store_stops_the_coordinator_and_the_next_one_goes_on(store: RunStore, tmp_path: Path) -> None:
+    expected = reference(tmp_path)
+    first = Life(store, JOB)
+    islands = two_islands(first)
+    for island in islands:
+        first.coordinator.submit(*island.contribution(first.plan_of(island)))
+    for _ in islands:
+        first.coordinator.receive(first.run_job())
+    blocked = Path(store.url) / "payloads"
+    blocked.write_text("a file where the folder must be")
+    with pytest.raises(StoreError) as caught:
+        first.run_job()
+    first.coordinator.fail(caught.value)
+    assert first.coordinator.state.phase == "failed"
+    news = first.coordinator.news(islands[0].name, 1, 0, "")
+    assert news is not None
+    assert news.standing == "over"
+    assert "cannot write" in news.reason
+
+    blocked.unlink()
+    second = Life(store, JOB)
+    islands = two_islands(second)
+    for _ in range(3):
+        one_round(second, islands)
+    assert_nothing_lost_nothing_twice(store, expected)
+
+
+def test_the_coordinators_model_is_the_one_that_the_store_gives(store: RunStore) -> None:
+    life = Life(store, JOB)
+    islands = two_islands(life)
+    for _ in range(2):
+        one_round(life, islands)
+        assert restored(store, JOB).digest(0) == life.coordinator._replica.digest(0)
+        assert RunLog.open(store).tail.state_digest == life.coordinator._replica.digest(0)

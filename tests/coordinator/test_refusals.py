@@ -1,0 +1,204 @@
+"""What a coordinator with a real store does with contributions that are wrong, late, or sent twice."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diloco_ray.coordination.messages import Contribution, InnerPlan, Verdict
+from diloco_ray.coordinator.job import CoordinatorJob
+from diloco_ray.log.run_store import RunStore
+from tests.small_run import Life, SmallIsland, begun, join_all, records, restored, small_job
+
+Sent = tuple[Contribution, np.ndarray]
+
+
+class Room:
+    """A coordinator and two islands that have committed one round, so that there is a norm to compare with."""
+
+    def __init__(self, folder: Path, job: CoordinatorJob | None = None):
+        self.job = job or small_job(num_islands=2)
+        self.store = begun(RunStore(str(folder / "run")), self.job)
+        self.life = Life(self.store, self.job)
+        self.good, self.bad = SmallIsland(0, self.job), SmallIsland(1, self.job)
+        join_all(self.life.coordinator, [self.good, self.bad])
+        self.one_round()
+
+    def one_round(self) -> None:
+        for island in (self.good, self.bad):
+            assert self.send_honestly(island).status == "accepted"
+
+    def send_honestly(self, island: SmallIsland) -> Verdict:
+        return self.life.submit(*island.contribution(self.life.plan_of(island)))
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Room:
+    return Room(tmp_path)
+
+
+def with_nan(island: SmallIsland, plan: InnerPlan) -> Sent:
+    values = island.values(plan.round, 0)
+    values[7] = torch.nan
+    return island.contribution(plan, values)
+
+
+def with_infinity(island: SmallIsland, plan: InnerPlan) -> Sent:
+    values = island.values(plan.round, 0)
+    values[-1] = -torch.inf
+    return island.contribution(plan, values)
+
+
+def truncated(island: SmallIsland, plan: InnerPlan) -> Sent:
+    header, payload = island.contribution(plan)
+    return header, payload[:-4]
+
+
+def announced_too_short(island: SmallIsland, plan: InnerPlan) -> Sent:
+    return island.contribution(plan, island.values(plan.round, 0)[:-1])
+
+
+def of_another_codec(island: SmallIsland, plan: InnerPlan) -> Sent:
+    return island.contribution(plan, codec="int4")
+
+
+def in_another_type(island: SmallIsland, plan: InnerPlan) -> Sent:
+    header, payload = island.contribution(plan)
+    return header, payload.view(np.int8)
+
+
+def in_another_shape(island: SmallIsland, plan: InnerPlan) -> Sent:
+    header, payload = island.contribution(plan)
+    return header, payload.reshape(-1, 2)
+
+
+def with_a_flipped_bit(island: SmallIsland, plan: InnerPlan) -> Sent:
+    header, payload = island.contribution(plan)
+    payload = payload.copy()
+    payload[100] ^= 1
+    return header, payload
+
+
+def with_a_huge_norm(island: SmallIsland, plan: InnerPlan) -> Sent:
+    return island.contribution(plan, island.values(plan.round, 0) * 1e6)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (with_nan, "values: the norm of the outer gradient is nan"),
+        (with_infinity, "values: the norm of the outer gradient is inf"),
+        (truncated, "form: uint8 of shape (4860,) arrived, 4864 bytes were announced"),
+        (announced_too_short, "schema: 4860 bytes of float32 where 4864 bytes of float32 belong"),
+        (of_another_codec, "schema: 4864 bytes of int4 where 4864 bytes of float32 belong"),
+        (in_another_shape, "form: uint8 of shape (2432, 2) arrived, 4864 bytes were announced"),
+        (in_another_type, "form: int8 of shape (4864,) arrived, 4864 bytes were announced"),
+        (with_a_flipped_bit, "digest: the payload is not what its header says"),
+        (with_a_huge_norm, "norm: "),
+    ],
+)
+def test_a_bad_payload_is_refused_with_its_reason_and_the_run_goes_on(
+    room: Room, spoil: Callable[[SmallIsland, InnerPlan], Sent], reason: str
+) -> None:
+    life, bad = room.life, room.bad
+    plan = life.plan_of(bad)
+    verdict = life.submit(*spoil(bad, plan))
+    assert verdict.status == "rejected"
+    assert verdict.reason.startswith(reason)
+    assert f"{bad.name}: contribution rejected (strike 1): {reason}" in life.notes()
+    assert life.coordinator.state.ledger.account()["rejected"] == 64
+
+    again = life.plan_of(bad)
+    assert again.ranges == plan.ranges
+    assert again.lease_id != plan.lease_id
+    room.one_round()
+    assert [len(record.shares) for record in records(room.store)] == [2, 2]
+    assert bool(restored(room.store, room.job).parameters(0).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        ({"run_id": "another"}, "foreign: run another contributed to run 555"),
+        ({"protocol_version": 99}, "protocol: version 99 offered, 1 spoken"),
+        ({"fragment": 1}, "schema: fragment 1 of 1"),
+        ({"incarnation": 7}, "fenced: incarnation 7 of island-01 is not the current one"),
+        ({"base_version": 5}, "stale: based on version 5"),
+        ({"lease_id": "9.9"}, "lease: 9.9 is not held by island-01"),
+    ],
+)
+def test_what_is_not_awaited_is_refused_without_a_strike(room: Room, lie: dict[str, object], reason: str) -> None:
+    life, bad = room.life, room.bad
+    header, payload = bad.contribution(life.plan_of(bad))
+    verdict = life.submit(replace(header, **lie), payload)  # type: ignore[arg-type]
+    assert verdict.status == "rejected"
+    assert verdict.reason.startswith(reason)
+    assert life.coordinator.state.members[bad.name].strikes == 0
+    assert life.coordinator._payloads == {}
+    room.one_round()
+    assert len(records(room.store)) == 2
+
+
+def test_three_bad_payloads_in_a_row_bar_the_island_and_the_others_go_on(room: Room) -> None:
+    life, bad = room.life, room.bad
+    for _ in range(3):
+        assert life.submit(*with_nan(bad, life.plan_of(bad))).status == "rejected"
+    assert life.coordinator.state.members[bad.name].standing == "quarantined"
+    assert "quarantined" in bad.join(life.coordinator)
+    assert room.send_honestly(room.good).status == "accepted"
+    assert [len(record.shares) for record in records(room.store)] == [2, 1]
+
+
+def test_the_same_contribution_sent_again_gets_the_same_verdict_and_counts_once(room: Room) -> None:
+    life = room.life
+    sent = room.bad.contribution(life.plan_of(room.bad))
+    assert life.submit(*sent) == life.submit(*sent) == Verdict("accepted")
+    assert room.send_honestly(room.good).status == "accepted"
+    for _ in range(100):
+        assert life.submit(*sent) == Verdict("committed")
+    assert [share.island for share in records(room.store)[1].shares] == [room.good.name, room.bad.name]
+    assert life.coordinator._payloads == {}
+
+
+def test_another_payload_under_the_same_key_is_a_conflict_and_the_first_one_counts(room: Room) -> None:
+    life, bad = room.life, room.bad
+    plan = life.plan_of(bad)
+    first, payload = bad.contribution(plan)
+    assert life.submit(first, payload).status == "accepted"
+    other = bad.contribution(plan, bad.values(plan.round, 0) * 1.5)
+    assert life.submit(*other).reason == "conflict: another payload with this key is accepted"
+    room.send_honestly(room.good)
+    assert life.submit(*other).reason == "conflict: another payload with this key is committed"
+    assert records(room.store)[1].shares[1].payload_sha256 == first.payload_sha256
+
+
+def test_a_contribution_is_copied_before_it_is_accepted(room: Room) -> None:
+    """What came may lie in memory that its island changes or takes with it."""
+    life = room.life
+    header, payload = room.bad.contribution(life.plan_of(room.bad))
+    assert life.submit(header, payload).status == "accepted"
+    payload[:] = 255
+    room.send_honestly(room.good)
+    assert records(room.store)[1].shares[1].payload_sha256 == header.payload_sha256
+    assert bool(restored(room.store, room.job).parameters(0).isfinite().all())
+
+
+def test_who_was_never_heard_of_is_asked_to_say_hello(room: Room) -> None:
+    stranger = SmallIsland(2, room.job)
+    stranger.incarnation = 1
+    assert room.life.submit(*stranger.contribution(room.life.plan_of(room.bad))) == Verdict("unknown")
+
+
+def test_after_the_end_what_is_late_is_refused_and_what_was_committed_is_known(tmp_path: Path) -> None:
+    room = Room(tmp_path, small_job(num_islands=2, num_rounds=2))
+    plan = room.life.plan_of(room.bad)
+    committed = room.bad.contribution(plan)
+    room.one_round()
+    assert room.life.coordinator.state.phase == "succeeded"
+    assert room.life.submit(*committed) == Verdict("committed")
+    late = room.bad.contribution(plan, base_version=7)
+    assert room.life.submit(*late) == Verdict("rejected", "over: the run has succeeded")
+    assert room.life.coordinator._payloads == {}

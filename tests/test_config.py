@@ -1,0 +1,100 @@
+"""Recipes: every wrong one is refused before anything is spent, with what, where and a remedy."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from diloco_ray.config import RunConfig, differences
+from diloco_ray.errors import ConfigError
+
+JOBS = Path(__file__).resolve().parents[1] / "jobs"
+RECIPES = sorted(JOBS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_is_named_after_its_file(recipe: Path) -> None:
+    config = RunConfig.from_yaml(recipe)
+    assert config.run_url == f"runs/{recipe.stem}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_survives_the_way_through_run_json(recipe: Path) -> None:
+    config = RunConfig.from_yaml(recipe)
+    assert RunConfig.from_dict(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("outr.learning_rate=1", ["unknown key outr", "did you mean outer?"]),
+        ("outer.lerning_rate=1", ["unknown key outer.lerning_rate", "did you mean learning_rate?"]),
+        ("sync.zzz=1", ["unknown key sync.zzz", "choose one of", "heartbeat_every_s"]),
+        ("inner.accumulate=3", ["batch_size=8", "accumulate=3"]),
+        ("sync.uplink=int9", ["sync.uplink=int9", "int8"]),
+        ("islands=[3, 2]", ["islands=[3, 2]", "least <= most"]),
+        ("islands=0", ["islands=[0, 0]"]),
+        ("sync.quorum=9", ["sync.quorum=9", "islands=[4, 4]"]),
+        ("outer.learning_rate=fast", ["outer.learning_rate", "'fast'"]),
+        ("outer.momentum=1.0", ["outer.momentum", "less than 1"]),
+        ("sync.heartbeat_timeout_s=1", ["heartbeat_timeout_s=1", "at least 4"]),
+        ("cluster.island_resources={CPU: 0}", ["island_resources", "positive"]),
+        ("name=a/b", ["name"]),
+        ("model.path=x", ["exactly one of config, path, factory"]),
+        ("data.validation_fraction=0.7", ["data.validation_fraction"]),
+        ("learning_rate", ["not field=value", "outer.learning_rate=0.6"]),
+        ("seed.x=1", ["seed in override", "section"]),
+    ],
+)
+def test_a_wrong_override_is_refused_with_its_remedy(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_yaml(JOBS / "quickstart.yaml", [override])
+    text = str(caught.value)
+    assert all(word in text for word in words), text
+    assert "what to do:" in text
+
+
+def test_a_missing_recipe_and_one_that_is_not_yaml_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="recipe"):
+        RunConfig.from_yaml(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not YAML"):
+        RunConfig.from_yaml(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="mapping"):
+        RunConfig.from_yaml(tmp_path / "list.yaml")
+
+
+def test_overrides_have_yaml_values_and_reach_into_the_models_own_fields() -> None:
+    config = RunConfig.from_yaml(
+        JOBS / "quickstart.yaml",
+        ["islands=[2, 6]", "model.config.hidden_size=64", "inner.clip_norm=null", "name=other"],
+    )
+    assert (config.min_islands, config.max_islands) == (2, 6)
+    assert config.model.config is not None
+    assert config.model.config["hidden_size"] == 64
+    assert config.inner.clip_norm is None
+    assert config.run_url == "runs/other"
+
+
+def test_what_a_run_is_does_not_depend_on_where_and_how_long_it_runs(tiny: dict[str, Any]) -> None:
+    one = RunConfig.from_dict(tiny)
+    same = RunConfig.from_dict(
+        tiny, ["rounds=9", "islands=[1, 5]", "storage.path=/elsewhere", "sync.grace_s=5", "evaluation.every_rounds=1"]
+    )
+    other = RunConfig.from_dict(tiny, ["outer.momentum=0.5", "seed=1"])
+    assert differences(one.identity(), same.identity()) == []
+    assert differences(one.identity(), other.identity()) == ["outer.momentum: 0.9 -> 0.5", "seed: 7 -> 1"]
+
+
+def test_prepared_data_is_shared_by_runs_on_the_same_text(tiny: dict[str, Any]) -> None:
+    one, longer = RunConfig.from_dict(tiny), RunConfig.from_dict(tiny, ["data.sequence_length=64", "name=b"])
+    other = RunConfig.from_dict(tiny, ["data.tokenizer=train:300"])
+    assert one.prepared_url == longer.prepared_url != other.prepared_url
+
+
+def test_a_recipe_is_plain_yaml_with_sections() -> None:
+    sections = set(RunConfig.model_fields)
+    for recipe in RECIPES:
+        assert set(yaml.safe_load(recipe.read_text())) <= sections

@@ -1,0 +1,131 @@
+"""A run's folder: begun, taken up again, refused; nothing is spent on what cannot be meant."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diloco_ray.config import RunConfig
+from diloco_ray.errors import ConfigError, CorruptionError, DataError, RunMismatchError, StoreError
+from diloco_ray.run import open_run, read_run
+from diloco_ray.simulation.in_process import train_in_process
+from tests.processes import run_folder
+
+
+def opened(body: dict[str, Any], *overrides: str) -> Any:
+    return open_run(RunConfig.from_dict(body, overrides))
+
+
+def test_opening_a_run_twice_finds_the_same_run(tiny: dict[str, Any]) -> None:
+    assert opened(tiny).run_id == opened(tiny).run_id
+
+
+def test_a_changed_recipe_is_refused_with_each_changed_field(tiny: dict[str, Any]) -> None:
+    opened(tiny)
+    with pytest.raises(RunMismatchError) as caught:
+        opened(tiny, "outer.learning_rate=0.1", "inner.steps_per_round=7")
+    assert "outer.learning_rate: 0.7 -> 0.1" in str(caught.value)
+    assert "inner.steps_per_round: 6 -> 7" in str(caught.value)
+
+
+def test_changed_text_under_the_same_path_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("\n".join(f"Line {n} of a text that is long enough to be learnt from." for n in range(2000)))
+    body = {**tiny, "data": {**tiny["data"], "corpus": str(own), "prepared": str(tmp_path / "one")}}
+    opened(body)
+    own.write_text("\n".join(f"Line {n} of quite another text, with other words in it." for n in range(2000)))
+    with pytest.raises(RunMismatchError, match="data"):
+        opened(body, f"data.prepared={tmp_path / 'two'}")
+
+
+def test_a_folder_with_foreign_files_is_refused_and_left_alone(tiny: dict[str, Any]) -> None:
+    folder = run_folder(tiny)
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(RunMismatchError, match=r"thesis\.txt"):
+        opened(tiny)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_a_damaged_run_json_is_named(tiny: dict[str, Any]) -> None:
+    opened(tiny)
+    path = run_folder(tiny) / "run.json"
+    path.write_bytes(path.read_bytes().replace(b'"seed":7', b'"seed":8'))
+    with pytest.raises(CorruptionError, match=r"run\.json"):
+        opened(tiny)
+
+
+def test_a_missing_dataset_is_refused_before_a_run_is_begun(tiny: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        opened({**tiny, "data": {**tiny["data"], "corpus": "nowhere/at.txt"}})
+    assert not (run_folder(tiny) / "run.json").exists()
+
+
+def test_an_empty_dataset_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError):
+        opened({**tiny, "data": {**tiny["data"], "corpus": str(tmp_path / "empty.txt")}})
+
+
+def test_too_little_text_for_one_batch_is_refused(tiny: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="batch"):
+        opened(tiny, "inner.batch_size=100000")
+
+
+def test_text_without_a_validation_sequence_is_refused(tiny: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="validation"):
+        opened(tiny, "data.sequence_length=20000", "inner.batch_size=1")
+
+
+def test_shards_of_another_tokenizer_are_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
+    opened(tiny, f"data.prepared={tmp_path / 'shards'}")
+    with pytest.raises(DataError, match="tokenizer"):
+        opened(tiny, f"data.prepared={tmp_path / 'shards'}", "data.tokenizer=train:300", "name=other")
+
+
+def test_a_model_that_cannot_be_built_is_refused_before_a_run_is_begun(tiny: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="hidden_sise"):
+        opened(tiny, "model.config.hidden_sise=3")
+    with pytest.raises(ConfigError, match="num_fragments=1000"):
+        opened(tiny, "sync.fragments=1000")
+    assert not (run_folder(tiny) / "run.json").exists()
+
+
+def test_a_storage_path_that_cannot_be_written_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError):
+        opened({**tiny, "storage": {"path": str(tmp_path / "file")}})
+
+
+def test_no_run_is_found_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(RunMismatchError, match="no run at"):
+        read_run(str(tmp_path))
+
+
+def test_a_run_begun_and_interrupted_before_its_first_record_is_made_whole(tiny: dict[str, Any]) -> None:
+    opened(tiny)
+    folder = run_folder(tiny)
+    before = (folder / "log" / "00000000.json").read_bytes()
+    os.remove(folder / "log" / "00000000.json")
+    os.remove(folder / "snapshots" / "00000000" / "manifest.json")
+    opened(tiny)
+    assert (folder / "log" / "00000000.json").read_bytes() == before
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_rounds(tiny: dict[str, Any]) -> None:
+    first = train_in_process(opened(tiny))
+    again = train_in_process(opened(tiny))
+    longer = train_in_process(opened(tiny, "rounds=6"))
+    assert (first.state.index, again.state.index, longer.state.index) == (4, 4, 6)
+
+
+def test_relative_paths_spaces_and_missing_folders_work_as_people_expect(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = opened(tiny, "storage.path=my runs/of today", "rounds=1")
+    train_in_process(run)
+    assert (tmp_path / "my runs" / "of today" / "tiny" / "log" / "00000001.json").exists()
+    assert json.loads((tmp_path / "my runs/of today/tiny/run.json").read_text())["prepared"].startswith(str(tmp_path))
