@@ -13,6 +13,7 @@ import typer
 
 from diloco_ray.errors import DiLoCoError
 
+DAMAGED, INTERRUPTED = 5, 130
 STALE_AFTER_S = 20.0  # a running run writes its status every half second, to a bucket every ten
 
 app = typer.Typer(
@@ -38,9 +39,6 @@ def main() -> None:
     except DiLoCoError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last committed outer step", file=sys.stderr)
-        sys.exit(130)
 
 
 def _config(recipe: str, overrides: list[str], name: str | None = None) -> Any:
@@ -52,7 +50,11 @@ def _config(recipe: str, overrides: list[str], name: str | None = None) -> Any:
 @app.command()
 def train(recipe: Recipe, set_: Set = [], name: Name = None) -> None:  # noqa: B006
     """Train, or go on with, the run that a recipe describes."""
-    train_recipe(_config(recipe, set_, name))
+    try:
+        train_recipe(_config(recipe, set_, name))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last committed outer step", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def train_recipe(config: Any) -> None:
@@ -136,21 +138,26 @@ def read_status(url: str) -> dict[str, Any]:
 @app.command()
 def verify(run: RunFolder, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """Prove a run by arithmetic: chain whole, replay bit-equal, every token accounted for."""
+    from dataclasses import asdict
+
     from diloco_ray.log.run_store import RunStore
     from diloco_ray.log.verify import verify as verify_log
     from diloco_ray.run import replica_of
 
     report = verify_log(RunStore(run), replica_of)
     if as_json:
-        from dataclasses import asdict
-
         print(json.dumps({**asdict(report), "ok": report.ok}, indent=2))
+    elif report.ok:
+        print(f"run {report.run_id}: {report.num_records} records, {report.num_outer_steps} of them outer steps")
+        print("chain whole")
+        print(f"replay bit-equal from record {report.first_replayed} to {report.last_index}: {report.digest}")
+        print(f"{report.num_snapshots} snapshots equal the replay")
+        print("tokens conserved: " + ", ".join(f"{fate} {tokens:,}" for fate, tokens in report.tokens.items()))
     else:
-        print(report.to_text())
+        for problem in report.problems:
+            print(f"problem: {problem}")
     if not report.ok:
-        from diloco_ray.errors import CorruptionError
-
-        raise typer.Exit(CorruptionError.exit_code)
+        raise typer.Exit(DAMAGED)
 
 
 @app.command()

@@ -89,6 +89,7 @@ class Run:
         config = self.config
         cache = Path(os.path.expanduser("~/.cache/diloco_ray")) / self.run_id
         own = self.store.url if self.store.is_local else str(cache)
+        checkpoints = f"{config.inner.checkpoints}/{self.run_id}" if config.inner.checkpoints else own
         return IslandJob(
             run_id=self.run_id,
             seed=config.seed,
@@ -101,7 +102,7 @@ class Run:
             outer=config.outer,
             uplink=config.sync.uplink,
             downlink=config.sync.downlink,
-            checkpoints_url=f"{config.inner.checkpoints or own}/islands",
+            checkpoints_url=f"{checkpoints}/islands",
         )
 
     def evaluation_plan(self) -> EvaluationPlan:

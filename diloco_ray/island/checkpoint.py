@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diloco_ray.errors import CorruptionError
+from diloco_ray.errors import CorruptionError, StoreError
 from diloco_ray.island.inner_optimizer import load_state_tensors_, state_tensors
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import load_tensors, save_tensors
@@ -28,7 +28,7 @@ class IslandCheckpoints:
         """own_steps: see `learning_rate_at`."""
         meta = {"run_id": self.run_id, "round": round, "own_steps": own_steps}
         save_tensors(self.store, _path(round), state_tensors(optimizer), meta)
-        for old in self.rounds()[:-KEPT]:
+        for old in [r for r in self.rounds() if r <= round][:-KEPT]:  # later ones are not of this run
             self.delete(old)
 
     def load_(self, round: int, optimizer: torch.optim.Optimizer) -> tuple[int, int | None] | None:
@@ -39,7 +39,7 @@ class IslandCheckpoints:
         for candidate in reversed([r for r in self.rounds() if r <= round]):
             try:
                 tensors, meta = load_tensors(self.store, _path(candidate))
-            except CorruptionError:
+            except (CorruptionError, StoreError):
                 continue
             if meta["run_id"] == self.run_id:
                 load_state_tensors_(optimizer, tensors)
@@ -53,9 +53,11 @@ class IslandCheckpoints:
         )
 
     def delete(self, round: int) -> None:
-        for path in (f"{_path(round)}.json", f"{_path(round)}.safetensors"):
-            if self.store.exists(path):
-                self.store.delete(path)
+        """The name first: tensors that nothing names are no checkpoint."""
+        self.store.delete(f"{_path(round)}.json")
+        for name in self.store.list(""):
+            if name.startswith(f"{_path(round)}-"):
+                self.store.delete(name)
 
 
 def _path(round: int) -> str:

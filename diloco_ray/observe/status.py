@@ -41,9 +41,17 @@ def statistics_of(events: Sequence[Mapping[str, Any]]) -> Statistics:
 
 
 def validation_of(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """First, last and best held-out loss of the outer parameters, each with its outer step; empty before the first."""
+    """First, last and best held-out loss of the outer parameters, each with its outer step; empty before the first.
+
+    A loss that was not finite is None, and never the best.
+    """
     found = {event["outer_step"]: event["loss"] for event in of_kind(events, "evaluation")}
     points = [{"outer_step": step, "loss": loss} for step, loss in sorted(found.items())]
     if not points:
         return {"first": None, "last": None, "best": None}
-    return {"first": points[0], "last": points[-1], "best": min(points, key=lambda point: point["loss"])}
+    finite = [point for point in points if point["loss"] is not None]
+    return {
+        "first": points[0],
+        "last": points[-1],
+        "best": min(finite, key=lambda point: point["loss"], default=None),
+    }

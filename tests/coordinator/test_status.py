@@ -163,6 +163,11 @@ def test_a_loss_that_is_not_finite_is_null_and_not_the_best(room: Room) -> None:
     assert validation["best"] == {"outer_step": 2, "loss": 1.0}
 
 
+def test_a_run_that_diverged_from_the_start_has_no_best_point(room: Room) -> None:
+    room.life.coordinator.evaluated(1, 1, {"loss": math.nan}, "")
+    assert room.status()["validation"]["best"] is None
+
+
 def test_the_sums_outlive_the_coordinator(room: Room) -> None:
     join_all(room.life.coordinator, room.islands)
     for _ in range(2):
@@ -175,5 +180,5 @@ def test_the_sums_outlive_the_coordinator(room: Room) -> None:
     for name in ("bytes", "seconds", "contributions", "validation", "rounds", "outer_steps"):
         assert after[name] == before[name]
     assert after["coordinator"]["fence_epoch"] == 2
-    assert after["tokens"]["expired"] == before["tokens"]["outstanding"]
+    assert after["tokens"] == records(room.store)[-1].tokens
     assert [event["event"] for event in read_events(room.store)].count("round") == 2

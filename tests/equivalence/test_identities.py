@@ -310,3 +310,12 @@ def test_a_run_that_lost_all_checkpoints_still_ends_and_verifies(tiny: dict[str,
     assert digests(bare)[:2] == digests(whole)[:2]
     assert digests(bare)[2:] != digests(whole)[2:]
     assert verify(bare.store, replica_of).problems == ()
+
+
+def test_runs_that_share_a_folder_for_checkpoints_do_not_share_checkpoints(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    sections = {"inner": {"schedule": "constant", "checkpoints": str(tmp_path / "fast-disk")}}
+    train(tiny, "stopped", **sections, rounds=2)
+    whole = train(tiny, "whole", **sections)
+    assert digests(train(tiny, "stopped", **sections)) == digests(whole)

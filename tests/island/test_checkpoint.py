@@ -1,0 +1,153 @@
+"""An island's own checkpoints: the two that can be needed are there, whatever else lies in the folder."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from diloco_ray.island.checkpoint import IslandCheckpoints
+from diloco_ray.island.inner_optimizer import build_inner_optimizer, state_tensors
+from diloco_ray.island.settings import InnerSettings
+from diloco_ray.log.run_store import RunStore
+
+INNER = InnerSettings(learning_rate=0.1)
+
+
+def optimizer_after(num_steps: int) -> torch.optim.Optimizer:
+    """Its state says how many steps it took."""
+    parameter = nn.Parameter(torch.zeros(4))
+    optimizer = build_inner_optimizer(INNER, [parameter])
+    for step in range(num_steps):
+        parameter.grad = torch.full((4,), 1.0 + step)
+        optimizer.step()
+    return optimizer
+
+
+def steps_of(optimizer: torch.optim.Optimizer) -> int:
+    tensors = state_tensors(optimizer)
+    return int(tensors["0.step"].item()) if tensors else 0
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "island-00"
+
+
+@pytest.fixture
+def checkpoints(folder: Path) -> IslandCheckpoints:
+    return IslandCheckpoints(RunStore(str(folder)), "this-run")
+
+
+def other_run(folder: Path) -> IslandCheckpoints:
+    return IslandCheckpoints(RunStore(str(folder)), "another-run")
+
+
+def loaded(checkpoints: IslandCheckpoints, round: int) -> tuple[tuple[int, int | None] | None, int]:
+    """What load_ says, and the steps that the optimizer then has."""
+    optimizer = optimizer_after(0)
+    found = checkpoints.load_(round, optimizer)
+    return found, steps_of(optimizer)
+
+
+def tensor_file(folder: Path, round: int) -> Path:
+    (path,) = folder.glob(f"{round:08d}-*.safetensors")
+    return path
+
+
+def test_what_was_saved_is_loaded_with_its_own_steps(checkpoints: IslandCheckpoints) -> None:
+    checkpoints.save(3, optimizer_after(5), own_steps=12)
+    assert loaded(checkpoints, 3) == ((3, 12), 5)
+
+
+def test_an_empty_folder_has_nothing_to_load(checkpoints: IslandCheckpoints) -> None:
+    assert checkpoints.rounds() == []
+    assert loaded(checkpoints, 3) == (None, 0)
+
+
+def test_the_newest_two_are_kept_and_no_file_of_older_ones_is_left(
+    checkpoints: IslandCheckpoints, folder: Path
+) -> None:
+    for round in range(1, 6):
+        checkpoints.save(round, optimizer_after(round), None)
+        assert checkpoints.rounds() == list(range(max(1, round - 1), round + 1))
+    assert {path.name[:8] for path in folder.iterdir()} == {"00000004", "00000005"}
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_a_deleted_checkpoint_leaves_no_file(checkpoints: IslandCheckpoints, folder: Path) -> None:
+    checkpoints.save(1, optimizer_after(1), None)
+    checkpoints.delete(1)
+    checkpoints.delete(1)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_round_that_is_repeated_replaces_its_checkpoint(checkpoints: IslandCheckpoints, folder: Path) -> None:
+    checkpoints.save(1, optimizer_after(1), None)
+    checkpoints.save(1, optimizer_after(7), 7)
+    assert loaded(checkpoints, 1) == ((1, 7), 7)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_later_one_is_not_loaded_for_an_earlier_round(checkpoints: IslandCheckpoints) -> None:
+    """The island was one round ahead of what the coordinator had committed."""
+    checkpoints.save(4, optimizer_after(4), None)
+    checkpoints.save(5, optimizer_after(5), None)
+    assert loaded(checkpoints, 4) == ((4, None), 4)
+
+
+def test_one_of_another_run_is_ignored(checkpoints: IslandCheckpoints, folder: Path) -> None:
+    other_run(folder).save(2, optimizer_after(9), None)
+    assert loaded(checkpoints, 2) == (None, 0)
+    checkpoints.save(1, optimizer_after(1), None)
+    assert loaded(checkpoints, 2) == ((1, None), 1)
+
+
+def test_later_rounds_of_another_run_do_not_cost_this_run_its_own(
+    checkpoints: IslandCheckpoints, folder: Path
+) -> None:
+    for round in (8, 9):
+        other_run(folder).save(round, optimizer_after(9), None)
+    for round in (1, 2, 3):
+        checkpoints.save(round, optimizer_after(round), None)
+    assert loaded(checkpoints, 3) == ((3, None), 3)
+    assert loaded(checkpoints, 2) == ((2, None), 2)
+    assert checkpoints.rounds() == [2, 3, 8, 9]
+
+
+@pytest.mark.parametrize("what", ["tensors", "name"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "empty", "missing"])
+def test_a_damaged_one_is_passed_over_for_an_older_one(
+    checkpoints: IslandCheckpoints, folder: Path, what: str, how: str
+) -> None:
+    for round in (1, 2):
+        checkpoints.save(round, optimizer_after(round), None)
+    path = tensor_file(folder, 2) if what == "tensors" else folder / "00000002.json"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    match how:
+        case "flipped":
+            path.write_bytes(data)
+        case "cut":
+            path.write_bytes(data[:-5])
+        case "empty":
+            path.write_bytes(b"")
+        case _:
+            path.unlink()
+    assert loaded(checkpoints, 2) == ((1, None), 1)
+
+
+def test_where_all_are_damaged_the_optimizer_is_left_fresh(checkpoints: IslandCheckpoints, folder: Path) -> None:
+    checkpoints.save(1, optimizer_after(1), None)
+    tensor_file(folder, 1).write_bytes(b"not tensors")
+    assert loaded(checkpoints, 1) == (None, 0)
+
+
+def test_files_with_other_names_are_neither_read_nor_deleted(checkpoints: IslandCheckpoints, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in ("notes.json", "latest", "12.json.bak", "x.safetensors"):
+        (folder / name).write_text("mine")
+    for round in range(1, 4):
+        checkpoints.save(round, optimizer_after(round), None)
+    assert checkpoints.rounds() == [2, 3]
+    assert {"notes.json", "latest", "12.json.bak", "x.safetensors"} <= {path.name for path in folder.iterdir()}

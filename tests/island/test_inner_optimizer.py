@@ -1,0 +1,130 @@
+"""The inner optimizer: its learning rate step by step, and its state there and back."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diloco_ray.island.inner_optimizer import (
+    build_inner_optimizer,
+    learning_rate_at,
+    load_state_tensors_,
+    state_tensors,
+)
+from diloco_ray.island.settings import InnerSettings
+
+
+def settings(**fields: Any) -> InnerSettings:
+    return InnerSettings(**{"learning_rate": 1.0, **fields})
+
+
+def rates(inner: InnerSettings, steps: range, num_steps: int) -> list[float]:
+    return [learning_rate_at(inner, step, num_steps) for step in steps]
+
+
+def test_warmup_is_linear_and_its_last_step_has_the_full_rate() -> None:
+    inner = settings(warmup_steps=4, schedule="constant")
+    assert rates(inner, range(6), 100) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_cosine_falls_from_the_end_of_the_warmup_to_5_percent_at_the_last_step() -> None:
+    inner = settings(warmup_steps=10, schedule="cosine")
+    assert learning_rate_at(inner, 9, 110) == 1.0
+    assert learning_rate_at(inner, 10, 110) == 1.0
+    assert learning_rate_at(inner, 60, 110) == pytest.approx(0.05 + 0.95 / 2)
+    assert learning_rate_at(inner, 110, 110) == pytest.approx(0.05)
+    quarter = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi / 4))
+    assert learning_rate_at(inner, 35, 110) == pytest.approx(quarter)
+
+
+def test_cosine_never_rises_and_stays_at_its_end_past_the_horizon() -> None:
+    inner = settings(final_learning_rate_ratio=0.1)
+    found = rates(inner, range(60), 40)
+    assert found == sorted(found, reverse=True)
+    assert found[40:] == [pytest.approx(0.1)] * 20
+
+
+def test_a_constant_rate_is_constant() -> None:
+    assert rates(settings(schedule="constant"), range(5), 5) == [1.0] * 5
+
+
+def test_a_warmup_as_long_as_the_run_is_a_ramp_to_its_end() -> None:
+    assert rates(settings(warmup_steps=4), range(4), 4) == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_joiner_ramps_over_its_own_steps_whatever_the_global_step() -> None:
+    inner = settings(schedule="constant", joiner_ramp_steps=4)
+    found = [learning_rate_at(inner, 50 + own, 100, own) for own in range(6)]
+    assert found == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_a_joiners_ramp_multiplies_the_rate_that_all_have() -> None:
+    inner = settings(joiner_ramp_steps=2)
+    assert learning_rate_at(inner, 50, 100, 0) == pytest.approx(0.5 * learning_rate_at(inner, 50, 100))
+
+
+def test_without_a_ramp_a_joiner_has_everybodys_rate() -> None:
+    assert learning_rate_at(settings(joiner_ramp_steps=0, schedule="constant"), 50, 100, 0) == 1.0
+
+
+# ---- state ----
+
+
+def parameters() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 4), (5,))]
+
+
+def take_steps(optimizer: torch.optim.Optimizer, first: int, stop: int) -> None:
+    for step in range(first, stop):
+        generator = torch.Generator().manual_seed(100 + step)
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_an_optimizer_with_loaded_state_goes_on_with_the_same_bits(kind: str) -> None:
+    inner = settings(optimizer=kind, learning_rate=0.1)
+    whole, first, second = parameters(), parameters(), parameters()
+    take_steps(build_inner_optimizer(inner, whole), 0, 6)
+
+    stopped = build_inner_optimizer(inner, first)
+    take_steps(stopped, 0, 3)
+    tensors = {name: tensor.clone() for name, tensor in state_tensors(stopped).items()}
+    for source, target in zip(first, second):
+        target.data.copy_(source.data)
+    resumed = build_inner_optimizer(inner, second)
+    load_state_tensors_(resumed, tensors)
+    take_steps(resumed, 3, 6)
+    assert all(torch.equal(a, b) for a, b in zip(whole, second))
+
+
+def test_the_state_of_adamw_is_two_moments_and_a_count_for_each_parameter() -> None:
+    optimizer = build_inner_optimizer(settings(learning_rate=0.1), parameters())
+    assert state_tensors(optimizer) == {}
+    take_steps(optimizer, 0, 2)
+    tensors = state_tensors(optimizer)
+    assert sorted(tensors) == [f"{number}.{name}" for number in (0, 1) for name in ("exp_avg", "exp_avg_sq", "step")]
+    assert tensors["1.exp_avg"].shape == (5,)
+    assert tensors["0.step"].item() == 2.0
+
+
+def test_loading_state_keeps_the_recipes_own_settings() -> None:
+    """A run taken up again with another learning rate must not get the old one back from a checkpoint."""
+    old = build_inner_optimizer(settings(learning_rate=0.1), parameters())
+    take_steps(old, 0, 1)
+    new = build_inner_optimizer(settings(learning_rate=0.2, weight_decay=0.3), parameters())
+    load_state_tensors_(new, state_tensors(old))
+    assert (new.param_groups[0]["lr"], new.param_groups[0]["weight_decay"]) == (0.2, 0.3)
+
+
+def test_adamw_is_torchs_with_the_recipes_numbers() -> None:
+    inner = settings(learning_rate=0.1, betas=(0.8, 0.9), epsilon=1e-6, weight_decay=0.5)
+    ours, theirs = parameters(), parameters()
+    take_steps(build_inner_optimizer(inner, ours), 0, 4)
+    take_steps(torch.optim.AdamW(theirs, lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.5), 0, 4)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

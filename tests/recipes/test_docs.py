@@ -1,0 +1,75 @@
+"""The documentation against the code: what a page names must be there, with the values that the code has."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from diloco_ray.config import CHANGEABLE, RunConfig
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
+ROW = re.compile(r"^\| `([\w.]+)` \| (.+?) \| .+ \| (yes|no) \| .+ \|$", re.MULTILINE)
+
+
+def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every field that is not a section, by its path in a recipe."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from fields_of(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+FIELDS = dict(fields_of(RunConfig))
+ROWS = {path: (default, change) for path, default, change in ROW.findall((DOCS / "recipes.md").read_text())}
+
+
+def as_in_yaml(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_every_field_is_in_the_recipe_page_with_its_default(path: str) -> None:
+    assert path in ROWS, f"docs/recipes.md has no row for {path}"
+    # Leading and trailing spaces of a text, as of the prompt, are part of it: YAML would strip them.
+    text, default = ROWS[path][0][1:-1], as_in_yaml(FIELDS[path].default)
+    shown = text if isinstance(default, str) else yaml.safe_load(text)
+    assert (float(shown) if isinstance(default, float) else shown) == default
+
+
+def test_the_recipe_page_names_no_field_that_is_not_there() -> None:
+    assert set(ROWS) == set(FIELDS)
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_the_recipe_page_says_which_fields_may_change(path: str) -> None:
+    changeable = any(path == name or path.startswith(f"{name}.") for name in CHANGEABLE)
+    assert ROWS[path][1] == ("yes" if changeable else "no")
+
+
+def test_the_recipe_page_names_every_recipe() -> None:
+    named = set(re.findall(r"^\| `(\w+\.yaml)` \|", (DOCS / "recipes.md").read_text(), re.MULTILINE))
+    assert named == {path.name for path in (ROOT / "jobs").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_test_and_page_that_a_page_names_is_there(page: Path) -> None:
+    """Tests are named as `tests/room/test_file.py::test_name`, or `::test_name` for the file named before."""
+    text = page.read_text()
+    file = ""
+    for named, test in re.findall(r"`((?:tests/[\w/]+\.py)?)(?:::(test_\w+))?`", text):
+        file = named or file
+        if named:
+            assert (ROOT / named).is_file(), named
+        if test:
+            assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
+    for link in re.findall(r"\]\(([^)#:]+\.\w+)(?:#[\w-]+)?\)", text):
+        assert (page.parent / link).exists(), link

@@ -1,0 +1,145 @@
+"""The doors, as a user comes in: the shell, a Ray job, the Python API in a fresh interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from diloco_ray.data.shards import TokenShards
+from diloco_ray.island.evaluator import validation_batches
+from diloco_ray.model.export import validation_loss
+from diloco_ray.run import read_run
+from tests.processes import CLI, run_folder, write_recipe
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def cli(*arguments: str, code: int = 0) -> str:
+    done = subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def loss_of_export(folder: Path, run: Path) -> float:
+    """As a stranger would measure it: from_pretrained, and the run's held-out sequences."""
+    opened = read_run(str(run))
+    shards = TokenShards.open(opened.document["prepared"])
+    settings = opened.config.evaluation
+    length = opened.config.data.sequence_length
+    batches = validation_batches(shards, length, settings.num_sequences, settings.batch_size)
+    return validation_loss(AutoModelForCausalLM.from_pretrained(folder), batches)
+
+
+def test_the_shell_trains_shows_verifies_exports_and_samples(tiny: dict[str, Any], tmp_path: Path) -> None:
+    run = run_folder(tiny)
+    output = cli("train", str(write_recipe(tmp_path, tiny)))
+    assert len([line for line in output.splitlines() if line.startswith("round ")]) == tiny["rounds"]
+    assert f"diloco-ray verify {run}" in output
+    status = json.loads(cli("status", str(run), "--json"))
+    assert status["state"] == "succeeded"
+    assert status["outer_steps"] == tiny["rounds"]
+    assert status["validation"]["last"]["loss"] < status["validation"]["first"]["loss"]
+    assert "replay bit-equal" in cli("verify", str(run))
+    exported = tmp_path / "exported"
+    cli("export", str(run), "--to", str(exported))
+    assert loss_of_export(exported, run) == status["validation"]["last"]["loss"]
+    assert f"{status['validation']['last']['loss']:.4f}" in cli("evaluate", str(run))
+    assert AutoTokenizer.from_pretrained(exported).decode([104, 105]) == "hi"
+    assert cli("sample", str(run), "--prompt", "the island", "--tokens", "8").startswith("the island")
+    damaged = run / "log" / "00000002.json"
+    damaged.write_bytes(damaged.read_bytes().replace(b"island-00", b"island-01", 1))
+    assert "log/00000002.json" in cli("verify", str(run), code=5)
+
+
+SCRIPT = """
+import json, sys
+from diloco_ray import DiLoCoTrainer, RunConfig
+
+if __name__ == "__main__":
+    result = DiLoCoTrainer(RunConfig.from_yaml(sys.argv[1])).fit()
+    frame = result.metrics_dataframe
+    model = result.model()
+    print(json.dumps({
+        "loss": result.metrics["loss"], "path": result.path, "rows": len(frame), "error": result.error,
+        "last": frame["validation_loss"].iloc[-1], "parameters": sum(p.numel() for p in model.parameters()),
+    }))
+    model.save_pretrained(sys.argv[2])
+"""
+
+
+def test_the_python_api_returns_a_result_whose_model_has_the_last_printed_loss(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    script = tmp_path / "fit.py"
+    script.write_text(SCRIPT)
+    recipe = write_recipe(tmp_path, {**tiny, "rounds": 2})
+    ipython = [sys.executable, "-m", "IPython", "--colors=NoColor", str(script), "--", str(recipe), str(tmp_path / "m")]
+    environment = {**os.environ, "IPYTHONDIR": str(tmp_path / "ipython"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(ipython, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    *lines, last = done.stdout.strip().splitlines()
+    result = json.loads(last)
+    assert result["rows"] == 2
+    assert result["error"] is None
+    assert result["last"] == result["loss"] == loss_of_export(tmp_path / "m", Path(result["path"]))
+    printed = [line for line in lines if "validation loss" in line and line.startswith("outer step")]
+    assert f"{result['loss']:.4f}" in printed[-1]
+
+
+@contextmanager
+def head_node(folder: Path) -> Iterator[dict[str, str]]:
+    """`ray start --head` on ports of its own, ended by pid; yields the environment that reaches it."""
+    port, dashboard = 20000 + os.getpid() % 5000, 26000 + os.getpid() % 5000
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "a-token-of-this-test-only-0123456789abcdef",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    ray = str(Path(sys.executable).with_name("ray"))
+    head = subprocess.Popen(
+        [
+            ray,
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus=2",
+            f"--port={port}",
+            f"--dashboard-port={dashboard}",
+            f"--temp-dir={folder}",
+            "--disable-usage-stats",
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
+
+
+def test_a_ray_job_trains_and_logs_one_line_per_round(
+    tiny: dict[str, Any], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    recipe = write_recipe(tmp_path, {**tiny, "rounds": 3})
+    ray = str(Path(sys.executable).with_name("ray"))
+    with head_node(Path(f"/tmp/dr{os.getpid()}")) as environment:
+        command = [ray, "job", "submit", "--working-dir", ".", "--", sys.executable, "jobs/train.py", str(recipe)]
+        for _ in range(60):  # until the dashboard listens
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+            if "Failed to connect" not in done.stdout + done.stderr:
+                break
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-3000:]
+    assert "succeeded" in output
+    assert len([line for line in output.splitlines() if line.startswith("round ")]) == 3
