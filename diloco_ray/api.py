@@ -44,7 +44,7 @@ class Result:
         measured = {event["round"]: event["loss"] for event in of_kind(events, "evaluation")}
         if not rounds.empty:
             rounds = rounds.drop_duplicates("round", keep="last").reset_index(drop=True)
-            rounds["validation_loss"] = rounds["round"].map(measured)
+            rounds["validation_loss"] = [measured.get(round) for round in rounds["round"]]
         return rounds
 
     def model(self, at: int | None = None) -> nn.Module:

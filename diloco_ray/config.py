@@ -5,8 +5,9 @@ Each room owns its settings; here they are composed and checked against each oth
 
 import difflib
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -96,7 +97,7 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0)
     islands: tuple[int, int] = (4, 4)
     rounds: int = Field(20, ge=1)
-    data: DataSettings = DataSettings()
+    data: DataSettings = DataSettings()  # type: ignore[call-arg]
     model: ModelSettings
     inner: InnerSettings = InnerSettings()  # type: ignore[call-arg]
     outer: OuterSettings = OuterSettings()
@@ -160,17 +161,17 @@ class RunConfig(BaseModel):
                 f"no recipe at {file}", where=str(file), remedy="name a YAML file such as jobs/quickstart.yaml"
             )
         try:
-            body = yaml.safe_load(file.read_text()) or {}
+            body: Any = yaml.safe_load(file.read_text()) or {}
         except yaml.YAMLError as error:
             raise ConfigError(f"not YAML: {error}", where=str(file), remedy="mend the line named above") from error
         if not isinstance(body, dict):
             raise ConfigError("a recipe is a mapping of sections", where=str(file), remedy="see jobs/quickstart.yaml")
-        body.setdefault("name", file.stem)
-        return cls.from_dict(body, overrides, where=str(file))
+        recipe = {"name": file.stem, **cast(dict[str, Any], body)}
+        return cls.from_dict(recipe, overrides, where=str(file))
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any], overrides: Iterable[str] = (), *, where: str = "") -> "RunConfig":
-        merged = _copy(body)
+        merged = deepcopy(dict(body))
         for override in overrides:
             _set(merged, override)
         try:
@@ -190,22 +191,18 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
 
 
-def _copy(body: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in body.items()}
-
-
 def _set(body: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"override {override!r} is not field=value", remedy="write it like outer.learning_rate=0.6")
     *sections, field = path.strip().split(".")
     for section in sections:
-        inner = body.setdefault(section, {})
+        inner: Any = body.setdefault(section, {})
         if not isinstance(inner, dict):
             raise ConfigError(
                 f"{section} in override {override!r} is not a section", remedy="name a field of a section"
             )
-        body = inner
+        body = cast(dict[str, Any], inner)
     try:
         body[field] = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -216,7 +213,10 @@ def _flatten(body: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in body.items():
         path = f"{prefix}{key}"
-        flat |= _flatten(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value}
+        if isinstance(value, dict) and value:
+            flat |= _flatten(cast(dict[str, Any], value), f"{path}.")
+        else:
+            flat[path] = value
     return flat
 
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 
-from diloco_ray.errors import DiLoCoError, FencedError
+from diloco_ray.errors import FencedError
 from diloco_ray.island.worker import Island, RoundAbandonedError
 from diloco_ray.transport.protocol import Beat, Transport
 
@@ -29,7 +29,7 @@ class Heart:
         self._moved_s = time.monotonic()
         self._last_seen: object = None
         self._void_lease = ""
-        self._error: DiLoCoError | None = None
+        self._error: Exception | None = None
         self._stopped = threading.Event()
         island.on_step = self._on_step
         self._thread = threading.Thread(target=self._beat_on, name="heart", daemon=True)
@@ -50,7 +50,7 @@ class Heart:
             self._end_if_hung()
             try:
                 self._beat()
-            except DiLoCoError as error:
+            except Exception as error:  # of any kind: a heart that stops in silence is an island that is lost
                 self._error = error
                 return
 

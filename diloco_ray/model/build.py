@@ -138,7 +138,8 @@ def _with_weights(model: nn.Module, folder: Path) -> nn.Module:
         if not isinstance(model, PreTrainedModel):
             load_model(model, folder / "model.safetensors")
             return model
-        loaded, info = type(model).from_pretrained(
+        loading: Any = type(model).from_pretrained  # its type does not know of output_loading_info
+        loaded, info = loading(
             folder, config=model.config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:

@@ -27,9 +27,12 @@ REMOTE_STATUS_EVERY_S = 10.0  # a bucket is not asked more often than this
 VERDICT_TIMEOUT_S = 50.0  # under one attempt of a caller, which then asks again
 
 
-@ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=0, max_concurrency=1000)
+MAX_WAITING_CALLS = 1000  # long polls included
+
+
+@ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=0)
 class CoordinatorActor:
-    """See `diloco_ray.coordinator`. Methods mirror the transport's."""
+    """To be started with max_concurrency=MAX_WAITING_CALLS. See `diloco_ray.coordinator`. Methods mirror the transport's."""
 
     def __init__(self, run_url: str, job: CoordinatorJob):
         self._store = RunStore(run_url)

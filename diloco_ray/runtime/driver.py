@@ -17,7 +17,7 @@ from diloco_ray.errors import ClusterError, DataError, DeadlineError, DiLoCoErro
 from diloco_ray.ids import island_name
 from diloco_ray.run import Run
 from diloco_ray.runtime.cluster import actor_options, describe_shortage, num_placeable
-from diloco_ray.runtime.coordinator_actor import CoordinatorActor
+from diloco_ray.runtime.coordinator_actor import MAX_WAITING_CALLS, CoordinatorActor
 from diloco_ray.runtime.island_actor import EvaluatorActor, IslandActor
 
 POLL_S = 0.25
@@ -70,7 +70,9 @@ class _Driver:
         self._silence_s = run.config.sync.coordinator_timeout_s
         expected = min(run.config.max_islands, num_placeable(run.config.cluster))
         name = f"coordinator-{run.run_id}-{uuid.uuid4().hex[:6]}"
-        self._coordinator = CoordinatorActor.options(name=name).remote(run.store.url, run.coordinator_job(expected))
+        self._coordinator = CoordinatorActor.options(name=name, max_concurrency=MAX_WAITING_CALLS).remote(
+            run.store.url, run.coordinator_job(expected)
+        )
         self._seen = (0, 0)  # fence epoch, and how many of its events
         self._lives: dict[Any, Life] = {}
         self._failures: dict[str, int] = {}

@@ -1,0 +1,167 @@
+"""The heart beats beside the training thread and brings it bad news between two inner steps."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from diloco_ray.config import RunConfig
+from diloco_ray.coordination.messages import Contribution, DataRange, InnerPlan, Verdict
+from diloco_ray.errors import DeadlineError, FencedError
+from diloco_ray.island.heart import Heart
+from diloco_ray.island.worker import Identity, Island, RoundAbandonedError
+from diloco_ray.run import open_run
+from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
+
+WAIT_S = 30.0
+
+
+class Telephone:
+    """A line to a coordinator that answers what the test says."""
+
+    def __init__(self) -> None:
+        self.beats: list[Beat] = []
+        self.hellos: list[Hello] = []
+        self._answer: Order | Exception = "go_on"
+        self._welcome = Welcome(1)
+        self._rings = threading.Condition()
+
+    def answers(self, order: Order | Exception) -> None:
+        self._answer = order
+
+    def welcomes(self, welcome: Welcome) -> None:
+        self._welcome = welcome
+
+    def hears(self, num_beats: int) -> None:
+        """Waits for so many more beats: what was answered to all but the last of them has been dealt with."""
+        with self._rings:
+            wanted = len(self.beats) + num_beats
+            assert self._rings.wait_for(lambda: len(self.beats) >= wanted, WAIT_S)
+
+    # ---- the Transport ----
+
+    def beat(self, beat: Beat) -> Order:
+        with self._rings:
+            self.beats.append(beat)
+            self._rings.notify_all()
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
+
+    def join(self, hello: Hello) -> Welcome:
+        self.hellos.append(hello)
+        return self._welcome
+
+    def submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
+        return Verdict("accepted")
+
+    def follow(self, island: str, incarnation: int, after: int, wait_s: float, done: str = "") -> News:
+        return News("ok")
+
+    def snapshot(self) -> SnapshotState:
+        raise AssertionError("no heart asks for a snapshot")
+
+    def leave(self, island: str, incarnation: int, reason: str) -> None: ...
+
+    def measured(self) -> set[int]:
+        return set()
+
+    def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None: ...
+
+
+class Room:
+    """A real island whose training thread is the test, and its heart."""
+
+    def __init__(self, body: dict[str, Any]):
+        self.line = Telephone()
+        job = open_run(RunConfig.from_dict(body)).island_job()
+        self.island = Island(job, Identity("island-00", "process", 1, "here"), self.line)
+        self.island.say_hello()
+        self.heart = Heart(self.island, self.line, every_s=0.001, stall_timeout_s=600.0)
+
+    def work(self, lease_id: str) -> None:
+        self.island.plan = InnerPlan("island-00", 1, lease_id, 0, 0, 0, 6, 0, (DataRange(0, 0, 24),))
+
+    def wait_for_the_end(self) -> None:
+        self.heart._thread.join(WAIT_S)
+        assert not self.heart._thread.is_alive()
+
+
+@pytest.fixture
+def room(tiny: dict[str, Any]) -> Iterator[Room]:
+    room = Room(tiny)
+    yield room
+    room.heart.stop()
+    room.wait_for_the_end()
+
+
+def test_a_beat_says_who_it_is_what_it_works_on_and_how_far_it_is(room: Room) -> None:
+    room.work("1.1")
+    room.island.progress = {"round": 1, "step": 3, "steps": 6}
+    room.line.hears(2)
+    assert room.line.beats[-1] == Beat("island-00", 1, "1.1", {"round": 1, "step": 3, "steps": 6})
+
+
+def test_while_all_is_well_the_steps_go_on(room: Room) -> None:
+    room.work("1.1")
+    room.line.hears(3)
+    room.island.on_step(1)
+
+
+def test_work_that_is_void_is_abandoned_at_the_next_step_and_other_work_is_not(room: Room) -> None:
+    room.work("1.1")
+    room.line.answers("abandon")
+    room.line.hears(2)
+    with pytest.raises(RoundAbandonedError):
+        room.island.on_step(1)
+    room.line.answers("go_on")
+    room.line.hears(2)
+    room.work("1.2")
+    room.island.on_step(1)
+
+
+def test_a_restarted_coordinator_hears_hello_with_the_work_in_hand(room: Room) -> None:
+    room.work("1.1")
+    room.line.welcomes(Welcome(5))
+    room.line.answers("rejoin")
+    room.line.hears(2)
+    room.line.answers("go_on")
+    room.line.hears(2)
+    assert room.line.hellos[1].held == room.island.plan
+    assert room.line.hellos[1].incarnation == 1
+    assert room.line.beats[-1].incarnation == 5
+    room.island.on_step(1)
+
+
+def test_a_name_that_went_to_another_process_stops_the_training(room: Room) -> None:
+    room.line.answers("fenced")
+    room.wait_for_the_end()
+    with pytest.raises(FencedError, match="another process"):
+        room.island.on_step(1)
+
+
+def test_a_name_refused_at_the_hello_stops_the_training_with_the_reason(room: Room) -> None:
+    room.line.welcomes(Welcome(0, "island-00 is quarantined: values"))
+    room.line.answers("rejoin")
+    room.wait_for_the_end()
+    with pytest.raises(FencedError, match="quarantined"):
+        room.island.on_step(1)
+
+
+@pytest.mark.parametrize("error", [DeadlineError("silent for 600 s"), RuntimeError("a broken line")])
+def test_whatever_stops_the_heart_stops_the_training(room: Room, error: Exception) -> None:
+    room.line.answers(error)
+    room.wait_for_the_end()
+    with pytest.raises(type(error), match=str(error)):
+        room.island.on_step(1)
+
+
+def test_a_stopped_heart_beats_no_more(room: Room) -> None:
+    room.line.hears(1)
+    room.heart.stop()
+    room.wait_for_the_end()
+    assert room.heart._stopped.is_set()
+    count = len(room.line.beats)
+    room.island.on_step(1)
+    assert len(room.line.beats) == count

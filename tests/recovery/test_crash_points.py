@@ -1,0 +1,107 @@
+"""A whole run, islands and coordinator in one process, is cut before every job of the coordinator and taken up again.
+
+Jobs are all that a coordinator does to payloads, model and files, so these are the points at which a kill can differ.
+"""
+
+import os
+from collections import deque
+from typing import Any
+
+import pytest
+
+from diloco_ray.config import RunConfig
+from diloco_ray.coordinator.coordinator import Coordinator, Job
+from diloco_ray.log.run_log import RunLog
+from diloco_ray.log.verify import verify
+from diloco_ray.observe.events import of_kind, read_events
+from diloco_ray.run import Run, open_run, replica_of
+from diloco_ray.simulation.in_process import make_island, train_in_process
+from diloco_ray.transport.in_memory import InMemoryTransport
+
+
+class CrashError(Exception):
+    pass
+
+
+def recipe(tiny: dict[str, Any], name: str, **sync: Any) -> RunConfig:
+    body = {**tiny, "name": name, "islands": 2, "rounds": 2, "sync": sync}
+    body["inner"] = {**tiny["inner"], "steps_per_round": 2}
+    body["storage"] = {**tiny["storage"], "snapshot_every_rounds": 1}
+    return RunConfig.from_dict(body)
+
+
+def train_until(run: Run, num_jobs: int, *, announced: bool) -> int:
+    """Trains until so many jobs are done, and dies before the last one is heard of unless it is announced.
+
+    Returns the number of jobs that were done; the run is whole if that is less than num_jobs.
+    """
+    queue: deque[Job] = deque()
+    done = 0
+
+    def later(job: Job) -> None:
+        nonlocal done
+        queue.append(job)
+        if len(queue) == 1:
+            while queue:
+                if done == num_jobs and announced:
+                    raise CrashError
+                event = queue[0]()
+                done += 1
+                if done == num_jobs and not announced:
+                    raise CrashError
+                coordinator.receive(event)
+                queue.popleft()
+
+    coordinator = Coordinator(run.store, run.coordinator_job(), later=later, holder="test", pid=os.getpid())
+    transport = InMemoryTransport(coordinator)
+    islands = [make_island(run, transport, number) for number in range(run.config.max_islands)]
+    try:
+        for island in islands:
+            island.start()
+        while coordinator.state.phase != "succeeded":
+            for island in islands:
+                island.turn(0.0)
+    except CrashError:
+        return done
+    return done
+
+
+def digests(run: Run) -> list[tuple[str, str]]:
+    return [(record.parameters_digest, record.optimizer_digest) for record in RunLog.open(run.store).records]
+
+
+def decisions(run: Run) -> str:
+    return "\n".join(event["text"] for event in of_kind(read_events(run.store), "decision"))
+
+
+def tokens_balance(run: Run) -> bool:
+    tokens = RunLog.open(run.store).tail.tokens
+    return tokens["leased"] == sum(tokens[fate] for fate in tokens if fate != "leased")
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["before a job", "before a job's event"])
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_a_run_cut_at_any_job_and_taken_up_again_is_whole(
+    tiny: dict[str, Any], fragments: int, announced: bool
+) -> None:
+    """And has the bits of an uninterrupted one, unless the cut fell between two fragments of one round.
+
+    Then the islands, whose work is gone, repeat the round from a base of which one fragment has moved already.
+    """
+    whole = open_run(recipe(tiny, "whole", fragments=fragments))
+    num_jobs = train_until(whole, 10**6, announced=True)
+    expected = digests(whole)
+    assert num_jobs > 8
+    for num_done in range(1, num_jobs):
+        run = open_run(recipe(tiny, f"cut-{num_done}", fragments=fragments))
+        assert train_until(run, num_done, announced=announced) == num_done
+        before = digests(run)
+        between_fragments = (len(before) - 1) % fragments != 0
+        train_in_process(run)
+        assert verify(run.store, replica_of).problems == ()
+        assert tokens_balance(run)
+        assert len(digests(run)) == len(expected)
+        assert digests(run)[: len(before)] == before
+        assert "rejected" not in decisions(run)
+        if not between_fragments:
+            assert digests(run) == expected, f"cut after {num_done} of {num_jobs} jobs"

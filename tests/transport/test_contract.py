@@ -1,0 +1,340 @@
+"""One contract, kept by every way between islands and coordinator."""
+
+import contextlib
+import shutil
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diloco_ray.algorithm.replica import Replica
+from diloco_ray.coordination.messages import Event, InnerPlan, Verdict
+from diloco_ray.coordinator.coordinator import Coordinator, Job
+from diloco_ray.errors import DeadlineError
+from diloco_ray.log.run_store import RunStore
+from diloco_ray.transport.follower import Follower
+from diloco_ray.transport.in_memory import InMemoryTransport
+from diloco_ray.transport.protocol import Beat, News, Transport
+from tests.small_run import SmallIsland, begun, join_all, new_replica, records, restored, small_job
+
+JOB = small_job(num_islands=2)
+PATIENCE_S = 60.0
+CARRIERS = ["in memory", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(240)])]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray of this test's own; the path is short because sockets' paths must be."""
+    import ray
+
+    scratch = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False, _temp_dir=scratch
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def coordinator_here(store: RunStore) -> Coordinator:
+    """Its jobs run at once, in the order in which they are given."""
+    queue: deque[Job] = deque()
+
+    def later(job: Job) -> None:
+        queue.append(job)
+        if len(queue) == 1:
+            while queue:
+                event: Event | None = queue[0]()
+                coordinator.receive(event)
+                queue.popleft()
+
+    coordinator = Coordinator(store, JOB, later=later, holder="test", pid=1)
+    return coordinator
+
+
+@contextlib.contextmanager
+def opened(carrier: str, store: RunStore, request: pytest.FixtureRequest) -> Iterator[Transport]:
+    if carrier == "in memory":
+        yield InMemoryTransport(coordinator_here(store))
+        return
+    request.getfixturevalue("cluster")
+    import ray
+
+    from diloco_ray.runtime.coordinator_actor import CoordinatorActor
+    from diloco_ray.transport.ray_object_store import RayTransport
+
+    actor = CoordinatorActor.remote(store.url, JOB)
+    try:
+        ray.get(actor.measured.remote(), timeout=PATIENCE_S)
+        yield RayTransport(actor, PATIENCE_S)
+    finally:
+        ray.kill(actor, no_restart=True)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    return begun(RunStore(str(tmp_path / "run")), JOB)
+
+
+@pytest.fixture(params=CARRIERS)
+def line(request: pytest.FixtureRequest, store: RunStore) -> Iterator[Transport]:
+    with opened(request.param, store, request) as transport:
+        yield transport
+
+
+@pytest.fixture
+def islands() -> list[SmallIsland]:
+    return [SmallIsland(0, JOB), SmallIsland(1, JOB)]
+
+
+def news_for(line: Transport, island: SmallIsland, after: int = 0, done: str = "") -> News:
+    return line.follow(island.name, island.incarnation, after, PATIENCE_S, done)
+
+
+def plan_for(line: Transport, island: SmallIsland, after: int = 0) -> InnerPlan:
+    plan = news_for(line, island, after).plan
+    assert plan is not None
+    return plan
+
+
+def follower_of(line: Transport) -> Follower:
+    follower = Follower(new_replica(JOB), line)
+    follower.load_snapshot()
+    return follower
+
+
+def catch_up(follower: Follower, index: int) -> None:
+    """As an observer, to this log index: a call may bring less than all."""
+    for _ in range(20):
+        if follower.index >= index:
+            return
+        follower.replay(follower.transport.follow("", 0, follower.index, PATIENCE_S).records)
+    raise AssertionError(f"still at {follower.index}")
+
+
+def one_round(line: Transport, islands: list[SmallIsland], after: int) -> None:
+    for island in islands:
+        plan = plan_for(line, island, after)
+        assert line.submit(*island.contribution(plan)).status == "accepted"
+
+
+def same_state(a: Replica, b: Replica) -> bool:
+    return a.versions == b.versions and a.digest(0) == b.digest(0)
+
+
+# ---- join, beat, leave ----
+
+
+def test_a_new_process_gets_the_next_incarnation_and_keeps_it_when_it_asks_again(
+    line: Transport, islands: list[SmallIsland]
+) -> None:
+    first = islands[0]
+    assert first.join(line) == ""
+    assert first.incarnation == 1
+    assert first.join(line) == ""
+    assert first.incarnation == 1
+    second = SmallIsland(0, JOB)
+    assert second.join(line) == ""
+    assert second.incarnation == 2
+
+
+def test_who_lost_its_name_to_a_newer_process_is_told_why(line: Transport, islands: list[SmallIsland]) -> None:
+    old, new = islands[0], SmallIsland(0, JOB)
+    join_all(line, [old, new])
+    assert "island-00 is alive" in old.join(line)
+
+
+def test_a_beat_is_answered_with_what_the_island_is_to_do(line: Transport, islands: list[SmallIsland]) -> None:
+    island, other = islands
+    assert line.beat(Beat(island.name, 1)) == "rejoin"
+    join_all(line, [island, other])
+    plan = plan_for(line, island)
+    assert line.beat(Beat(island.name, 1, plan.lease_id, {"step": 1})) == "go_on"
+    assert line.beat(Beat(island.name, 1)) == "go_on"
+    assert line.beat(Beat(island.name, 1, "0.0")) == "abandon"
+    join_all(line, [SmallIsland(0, JOB)])
+    assert line.beat(Beat(island.name, 1, plan.lease_id)) == "fenced"
+
+
+def test_a_beat_answers_abandon_once_the_lease_is_settled(line: Transport, islands: list[SmallIsland]) -> None:
+    join_all(line, islands)
+    plan = plan_for(line, islands[0])
+    one_round(line, islands, 0)
+    catch_up(follower_of(line), 1)
+    assert line.beat(Beat(islands[0].name, 1, plan.lease_id)) == "abandon"
+
+
+def test_who_left_may_come_back_and_the_others_go_on_without_it(
+    line: Transport, islands: list[SmallIsland], store: RunStore
+) -> None:
+    stays, goes = islands
+    join_all(line, islands)
+    plan = plan_for(line, goes)
+    line.leave(goes.name, goes.incarnation, "preempted")
+    line.leave(goes.name, goes.incarnation, "preempted")
+    assert line.beat(Beat(goes.name, goes.incarnation, plan.lease_id)) == "rejoin"
+    assert news_for(line, goes).standing == "rejoin"
+    assert line.submit(*goes.contribution(plan)) == Verdict("unknown")
+    one_round(line, [stays], 0)
+    catch_up(follower_of(line), 1)
+    assert [share.island for share in records(store)[0].shares] == [stays.name]
+    assert goes.join(line) == ""
+
+
+def test_a_word_of_farewell_from_an_older_process_changes_nothing(line: Transport, islands: list[SmallIsland]) -> None:
+    old, new = islands[0], SmallIsland(0, JOB)
+    join_all(line, [old, new, islands[1]])
+    line.leave(old.name, old.incarnation, "late")
+    assert line.beat(Beat(new.name, new.incarnation)) == "go_on"
+    assert news_for(line, old).standing == "fenced"
+
+
+# ---- submit ----
+
+
+def test_a_contribution_is_accepted_and_the_same_one_again_gets_the_same_answer(
+    line: Transport, islands: list[SmallIsland], store: RunStore
+) -> None:
+    join_all(line, islands)
+    sent = islands[0].contribution(plan_for(line, islands[0]))
+    assert line.submit(*sent) == line.submit(*sent) == Verdict("accepted")
+    one_round(line, islands[1:], 0)
+    catch_up(follower_of(line), 1)
+    assert line.submit(*sent) == Verdict("committed")
+    assert len(records(store)) == 1
+    assert len(records(store)[0].shares) == 2
+
+
+def test_a_bad_payload_is_rejected_with_its_reason_and_the_round_is_repeated(
+    line: Transport, islands: list[SmallIsland], store: RunStore
+) -> None:
+    join_all(line, islands)
+    plan = plan_for(line, islands[0])
+    verdict = line.submit(*islands[0].contribution(plan, islands[0].values(0, 0) / 0.0))
+    assert verdict.status == "rejected"
+    assert verdict.reason.startswith("values: ")
+    again = news_for(line, islands[0], done=plan.lease_id).plan
+    assert again is not None
+    assert again.ranges == plan.ranges
+    one_round(line, islands, 0)
+    catch_up(follower_of(line), 1)
+    assert records(store)[0].tokens["rejected"] == 64
+
+
+def test_another_payload_under_the_same_key_is_a_conflict(line: Transport, islands: list[SmallIsland]) -> None:
+    join_all(line, islands)
+    plan = plan_for(line, islands[0])
+    assert line.submit(*islands[0].contribution(plan)).status == "accepted"
+    other = line.submit(*islands[0].contribution(plan, islands[0].values(0, 0) * 2))
+    assert other.reason.startswith("conflict: ")
+
+
+def test_who_never_joined_is_asked_to_say_hello(line: Transport, islands: list[SmallIsland]) -> None:
+    join_all(line, islands)
+    stranger = SmallIsland(3, JOB)
+    stranger.incarnation = 1
+    assert line.submit(*stranger.contribution(plan_for(line, islands[0]))) == Verdict("unknown")
+
+
+# ---- follow, snapshot ----
+
+
+def test_an_island_hears_of_its_plan_and_not_again_of_one_that_is_done(
+    line: Transport, islands: list[SmallIsland]
+) -> None:
+    join_all(line, islands)
+    plan = plan_for(line, islands[0])
+    assert (plan.island, plan.round, plan.base_index) == (islands[0].name, 0, 0)
+    news = line.follow(islands[0].name, 1, 0, 0.01, plan.lease_id)
+    assert news == News("ok")
+
+
+def test_a_snapshot_and_the_records_after_it_give_the_coordinators_model(
+    line: Transport, islands: list[SmallIsland], store: RunStore
+) -> None:
+    """The small run saves a snapshot every second round and at its end."""
+    join_all(line, islands)
+    early = follower_of(line)
+    for done in range(3):
+        one_round(line, islands, done)
+        catch_up(early, done + 1)
+        late = follower_of(line)
+        catch_up(late, done + 1)
+        assert same_state(early.replica, late.replica)
+        assert same_state(early.replica, restored(store, JOB))
+    assert early.index == 3
+    assert {record.state_digest for record in records(store)[-1:]} == {early.replica.digest(0)}
+    assert line.follow("", 0, 3, PATIENCE_S).standing == "over"
+    assert news_for(line, islands[0], after=3).standing == "over"
+
+
+def test_a_follower_far_behind_is_given_every_record_in_order(
+    line: Transport, islands: list[SmallIsland], store: RunStore
+) -> None:
+    join_all(line, islands)
+    behind = follower_of(line)
+    for done in range(3):
+        one_round(line, islands, done)
+        catch_up(follower_of(line), done + 1)
+    catch_up(behind, 3)
+    assert same_state(behind.replica, restored(store, JOB))
+
+
+def test_measurements_are_remembered_by_their_outer_step(line: Transport) -> None:
+    assert line.measured() == set()
+    line.evaluated(2, 2, {"loss": 1.5}, "")
+    line.evaluated(2, 2, {"loss": 1.5}, "")
+    assert line.measured() == {2}
+
+
+# ---- what only one of them can do ----
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_over_ray_a_follower_sleeps_until_there_is_news(
+    request: pytest.FixtureRequest, islands: list[SmallIsland], store: RunStore
+) -> None:
+    with opened("ray", store, request) as line:
+        join_all(line, islands)
+        plans = {island.name: plan_for(line, island) for island in islands}
+        heard: list[News] = []
+        sleeper = threading.Thread(target=lambda: heard.append(line.follow("", 0, 0, PATIENCE_S)), daemon=True)
+        sleeper.start()
+        assert line.follow(islands[0].name, 1, 0, 0.2, plans[islands[0].name].lease_id) == News("ok")
+        assert heard == []
+        for island in islands:
+            assert line.submit(*island.contribution(plans[island.name])).status == "accepted"
+        sleeper.join(PATIENCE_S)
+        assert [record.index for record, _ in heard[0].records] == [1]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_over_ray_a_dead_coordinator_is_waited_for_until_the_deadline_and_named(
+    request: pytest.FixtureRequest, store: RunStore
+) -> None:
+    request.getfixturevalue("cluster")
+    import ray
+
+    from diloco_ray.runtime.coordinator_actor import CoordinatorActor
+    from diloco_ray.transport.ray_object_store import RayTransport
+
+    actor = CoordinatorActor.remote(store.url, JOB)
+    ray.get(actor.measured.remote(), timeout=PATIENCE_S)
+    ray.kill(actor, no_restart=True)
+    with pytest.raises(DeadlineError, match="did not answer 'measured' for 0.5 s"):
+        RayTransport(actor, 0.5).measured()
+
+
+def test_in_memory_a_coordinator_that_does_not_judge_at_once_is_an_error(
+    islands: list[SmallIsland], store: RunStore
+) -> None:
+    line: Any = InMemoryTransport(Coordinator(store, JOB, later=lambda job: None, holder="test", pid=1))
+    join_all(line, islands)
+    with pytest.raises(DeadlineError, match="did not judge"):
+        line.submit(*islands[0].contribution(plan_for(line, islands[0])))
