@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 import sys
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -34,6 +35,7 @@ Name = Annotated[str | None, typer.Option("--name", help="The run's name, so its
 
 def main() -> None:
     """Runs the command line; known errors end in three lines and their exit code."""
+    sys.path.insert(0, os.getcwd())  # where people keep the module that model.factory names
     try:
         app()
     except DiLoCoError as error:
@@ -63,7 +65,7 @@ def train_recipe(config: Any) -> None:
     from diloco_ray.observe.progress import summary_lines
     from diloco_ray.run import read_run
 
-    print(f"run folder: {config.run_url}", flush=True)
+    print(f"run folder: {config.run_url}; meanwhile: diloco-ray status {config.run_url}", flush=True)
     result = DiLoCoTrainer(config).fit()
     for line in summary_lines(result.metrics):
         print(line)

@@ -164,7 +164,7 @@ class Island:
             result = self._run_inner_steps(plan)
             self._idle_since_s = time.monotonic()
             self._checkpoints.save(plan.round + 1, self._optimizer, self._own_steps)
-            verdicts = [self._subtract_and_submit(plan, fragment, result) for fragment in self.job.layout.fragments]
+            verdicts = [self._subtract_and_submit(plan, fragment, result) for fragment in self._open_fragments(plan)]
             kept = all(verdicts)
         except RoundAbandonedError:
             kept = False
@@ -180,6 +180,11 @@ class Island:
         if self._optimizer_round != plan.round:
             self._load_optimizer(plan.round)
         torch.manual_seed(_seed(self.job.seed, plan.island, plan.round))
+
+    def _open_fragments(self, plan: InnerPlan) -> list[Fragment]:
+        """Those that still await the round's outer step: in a round that is repeated some may have taken it."""
+        versions = self._follower.replica.versions
+        return [fragment for fragment in self.job.layout.fragments if versions[fragment.index] == plan.base_version]
 
     def _run_inner_steps(self, plan: InnerPlan) -> InnerResult:
         job, own = self.job, self._own_steps

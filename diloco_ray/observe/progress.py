@@ -35,7 +35,7 @@ def line_of(event: Mapping[str, Any], num_rounds: int) -> str:
             return f"outer step {event['outer_step']}: validation loss {_number(event['loss'])} (outer parameters)"
         case "coordinator" if event["outer_steps"]:
             return f"coordinator (life {event['fence_epoch']}) goes on from outer step {event['outer_steps']}"
-        case "decision" if any(word in event["text"] for word in TOLD):
+        case "decision" if any(word in event["text"] for word in TOLD) and "the run is over" not in event["text"]:
             return f"- {event['text']}"
         case "error":
             return f"error: {event['what']} ({event['where']})"
