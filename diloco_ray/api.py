@@ -113,7 +113,9 @@ def export(path: str, to: str, at: int | None = None) -> str:
     """Writes the model and its tokenizer as `save_pretrained` does; returns where."""
     run = read_run(path)
     tokenizer_path = TokenShards.open(run.document["prepared"]).tokenizer_path
-    return export_model(load_model(run, at), tokenizer_path, to)
+    outer_step = RunLog.open(run.store).tail.index if at is None else at
+    origin = {"run_id": run.run_id, "outer_step": outer_step, "recipe": run.document["config"]}
+    return export_model(load_model(run, at), tokenizer_path, to, origin)
 
 
 def evaluate(path: str, at: int | None = None) -> float:

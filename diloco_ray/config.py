@@ -128,6 +128,13 @@ class RunConfig(BaseModel):
             raise ValueError(f"{pair} is under two beats; choose at least {2 * self.sync.heartbeat_every_s:g}")
         return self
 
+    @field_validator("name")
+    @classmethod
+    def _leaves_room_for_shards(cls, value: str) -> str:
+        if value == "data":
+            raise ValueError("the prepared data lies in <storage.path>/data; choose another name")
+        return value
+
     @property
     def min_islands(self) -> int:
         return self.islands[0]

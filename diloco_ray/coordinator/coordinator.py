@@ -7,6 +7,7 @@ other, elsewhere or at once, and brings its event back. A record is computed, th
 commit fails, this coordinator's replica is ahead of the log and nobody has seen it: it stops, and recovery is replay.
 """
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -46,7 +47,7 @@ from diloco_ray.coordination.reducer import reduce
 from diloco_ray.coordination.state import RunState, ended, plan_for
 from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.coordinator.report import Report
-from diloco_ray.errors import DiLoCoError
+from diloco_ray.errors import CorruptionError, DiLoCoError, StoreError
 from diloco_ray.ids import sha256_hex
 from diloco_ray.log.record import Record
 from diloco_ray.log.run_log import RunLog, check_fence, take_fence
@@ -76,6 +77,7 @@ class Coordinator:
     def __init__(self, store: RunStore, job: CoordinatorJob, *, later: Callable[[Job], None], holder: str, pid: int):
         self._store, self._job, self._later = store, job, later
         self._uplink = get_codec(job.rules.uplink)
+        self.error: DiLoCoError | None = None  # what ended this life
         self.fence_epoch = take_fence(store, job.rules.run_id, holder)
         self._log = RunLog.open(store)
         self._replica = self._new_replica()
@@ -160,10 +162,9 @@ class Coordinator:
         return ((record, np.frombuffer(self._log.payload(record), np.uint8)),)
 
     def snapshot(self) -> SnapshotState:
-        """The newest snapshot, read from the store: joiners need nobody's live memory."""
+        """The newest usable snapshot, read from the store: joiners need nobody's live memory."""
         replica = self._new_replica()
-        index = list_snapshots(self._store)[-1]
-        load_snapshot(self._store, index, replica)
+        index = self._load_newest(replica)
         fragments = [fragment.index for fragment in replica.layout.fragments]
         return SnapshotState(
             index,
@@ -171,6 +172,15 @@ class Coordinator:
             tuple(replica.parameters(p).numpy() for p in fragments),
             tuple(tuple(buffer.numpy() for buffer in replica.buffers(p)) for p in fragments),
         )
+
+    def _load_newest(self, replica: Replica) -> int:
+        *others, oldest = reversed(list_snapshots(self._store))
+        for index in others:
+            with contextlib.suppress(CorruptionError, StoreError):  # damaged, or pruned while it was read
+                load_snapshot(self._store, index, replica)
+                return index
+        load_snapshot(self._store, oldest, replica)
+        return oldest
 
     def leave(self, island: str, incarnation: int, reason: str) -> None:
         self.receive(Left(self._now_s(), island, incarnation, reason))
@@ -192,8 +202,9 @@ class Coordinator:
 
     def fail(self, error: BaseException) -> None:
         """An error of the store or the machine: nothing is lost, the same command goes on from the last record."""
-        self.report.failed(error if isinstance(error, DiLoCoError) else DiLoCoError(f"{type(error).__name__}: {error}"))
-        self.state = replace(self.state, phase="failed", reason=str(error))
+        self.error = error if isinstance(error, DiLoCoError) else DiLoCoError(f"{type(error).__name__}: {error}")
+        self.report.failed(self.error)
+        self.state = replace(self.state, phase="failed", reason=self.error.what)
 
     # ---- receive, reduce, perform ----
 

@@ -67,8 +67,10 @@ class Report:
 
     def round_closed(self, close: CloseRound, state: RunState) -> None:
         now_s = time.monotonic()
-        seconds = now_s - (self._round_began_s or now_s)
         metrics = list(self._metrics.values())
+        # A round that an earlier coordinator life began is longer than this life's clock says.
+        own_s = now_s - (self._round_began_s or now_s)
+        seconds = max([own_s, *(m["inner_seconds"] for m in metrics)])
         # One worker alone has nobody to exchange gradients with.
         steps = state.rules.inner_steps_per_round * close.applied if close.applied > 1 else 0
         event = {

@@ -16,7 +16,7 @@ import ray
 from diloco_ray.coordination.messages import Contribution, Verdict
 from diloco_ray.coordinator.coordinator import Coordinator, Job
 from diloco_ray.coordinator.job import CoordinatorJob
-from diloco_ray.errors import OvertakenError
+from diloco_ray.errors import DiLoCoError, OvertakenError
 from diloco_ray.ids import canonical_json
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
@@ -32,7 +32,7 @@ MAX_WAITING_CALLS = 1000  # long polls included
 
 @ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=0)
 class CoordinatorActor:
-    """To be started with max_concurrency=MAX_WAITING_CALLS. See `diloco_ray.coordinator`. Methods mirror the transport's."""
+    """Start it with max_concurrency=MAX_WAITING_CALLS. See `diloco_ray.coordinator`; doors mirror the transport's."""
 
     def __init__(self, run_url: str, job: CoordinatorJob):
         self._store = RunStore(run_url)
@@ -88,6 +88,9 @@ class CoordinatorActor:
         self._heard(None)
         skip = num_seen if fence_epoch == self._coordinator.fence_epoch else 0
         return self._status(), self._coordinator.report.own_events[skip:]
+
+    async def error(self) -> DiLoCoError | None:
+        return self._coordinator.error
 
     async def finish(self) -> dict[str, Any]:
         """Waits until everything is written; the last status."""

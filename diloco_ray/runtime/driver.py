@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray import exceptions
 
-from diloco_ray.errors import ClusterError, DataError, DeadlineError, DiLoCoError
+from diloco_ray.errors import ClusterError, DataError, DeadlineError
 from diloco_ray.ids import island_name
 from diloco_ray.run import Run
 from diloco_ray.runtime.cluster import actor_options, describe_shortage, num_placeable
@@ -196,12 +196,14 @@ class _Driver:
             return
 
     def _raise_if_failed(self, status: dict[str, Any]) -> None:
-        if status["state"] == "failed":
-            raise DiLoCoError(
-                f"the run failed: {status['reason']}",
-                where=self._run.store.url,
-                remedy="mend the cause; the same command goes on from the last committed record",
-            )
+        if status["state"] != "failed":
+            return
+        error: Any = ray.get(self._coordinator.error.remote(), timeout=60.0)
+        raise error or ClusterError(
+            f"the run failed: {status['reason']}",
+            where=self._run.store.url,
+            remedy="mend the cause; the same command goes on from the last committed record",
+        )
 
     def _finish(self) -> dict[str, Any]:
         """Lets the evaluator measure the last outer step, then has everything written."""

@@ -103,9 +103,7 @@ def test_one_of_another_run_is_ignored(checkpoints: IslandCheckpoints, folder: P
     assert loaded(checkpoints, 2) == ((1, None), 1)
 
 
-def test_later_rounds_of_another_run_do_not_cost_this_run_its_own(
-    checkpoints: IslandCheckpoints, folder: Path
-) -> None:
+def test_later_rounds_of_another_run_do_not_cost_this_run_its_own(checkpoints: IslandCheckpoints, folder: Path) -> None:
     for round in (8, 9):
         other_run(folder).save(round, optimizer_after(9), None)
     for round in (1, 2, 3):

@@ -1,5 +1,6 @@
 """The inner loop, on a small language model without transformers."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_each_step_has_the_rate_of_its_number() -> None:
 
     train(model, settings(), data(4), learning_rate=lambda step: 0.5 * (step % 2), on_step=on_step)
     assert heard == [1, 2, 3, 4]
-    assert [not torch.equal(a, b) for a, b in zip(states, states[1:])] == [False, True, False, True]
+    assert [not torch.equal(a, b) for a, b in pairwise(states)] == [False, True, False, True]
 
 
 def test_a_round_abandoned_in_on_step_leaves_the_model_between_two_steps() -> None:

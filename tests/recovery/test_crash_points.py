@@ -12,6 +12,7 @@ import pytest
 from diloco_ray.config import RunConfig
 from diloco_ray.coordinator.coordinator import Coordinator, Job
 from diloco_ray.log.run_log import RunLog
+from diloco_ray.log.snapshot import list_snapshots
 from diloco_ray.log.verify import verify
 from diloco_ray.observe.events import of_kind, read_events
 from diloco_ray.run import Run, open_run, replica_of
@@ -30,11 +31,8 @@ def recipe(tiny: dict[str, Any], name: str, **sync: Any) -> RunConfig:
     return RunConfig.from_dict(body)
 
 
-def train_until(run: Run, num_jobs: int, *, announced: bool) -> int:
-    """Trains until so many jobs are done, and dies before the last one is heard of unless it is announced.
-
-    Returns the number of jobs that were done; the run is whole if that is less than num_jobs.
-    """
+def train_until(run: Run, num_jobs: int) -> int:
+    """Trains until so many jobs are done, and dies before the last one is heard of; or to the end. Returns how many."""
     queue: deque[Job] = deque()
     done = 0
 
@@ -43,11 +41,9 @@ def train_until(run: Run, num_jobs: int, *, announced: bool) -> int:
         queue.append(job)
         if len(queue) == 1:
             while queue:
-                if done == num_jobs and announced:
-                    raise CrashError
                 event = queue[0]()
                 done += 1
-                if done == num_jobs and not announced:
+                if done == num_jobs:
                     raise CrashError
                 coordinator.receive(event)
                 queue.popleft()
@@ -79,22 +75,19 @@ def tokens_balance(run: Run) -> bool:
     return tokens["leased"] == sum(tokens[fate] for fate in tokens if fate != "leased")
 
 
-@pytest.mark.parametrize("announced", [True, False], ids=["before a job", "before a job's event"])
 @pytest.mark.parametrize("fragments", [1, 2])
-def test_a_run_cut_at_any_job_and_taken_up_again_is_whole(
-    tiny: dict[str, Any], fragments: int, announced: bool
-) -> None:
+def test_a_run_cut_at_any_job_and_taken_up_again_is_whole(tiny: dict[str, Any], fragments: int) -> None:
     """And has the bits of an uninterrupted one, unless the cut fell between two fragments of one round.
 
     Then the islands, whose work is gone, repeat the round from a base of which one fragment has moved already.
     """
     whole = open_run(recipe(tiny, "whole", fragments=fragments))
-    num_jobs = train_until(whole, 10**6, announced=True)
+    num_jobs = train_until(whole, 10**6)
     expected = digests(whole)
     assert num_jobs > 8
     for num_done in range(1, num_jobs):
         run = open_run(recipe(tiny, f"cut-{num_done}", fragments=fragments))
-        assert train_until(run, num_done, announced=announced) == num_done
+        assert train_until(run, num_done) == num_done
         before = digests(run)
         between_fragments = (len(before) - 1) % fragments != 0
         train_in_process(run)
@@ -105,3 +98,17 @@ def test_a_run_cut_at_any_job_and_taken_up_again_is_whole(
         assert "rejected" not in decisions(run)
         if not between_fragments:
             assert digests(run) == expected, f"cut after {num_done} of {num_jobs} jobs"
+
+
+def test_a_run_cut_many_records_after_its_last_snapshot_is_taken_up_again(tiny: dict[str, Any]) -> None:
+    """A follower that comes late is given old records one by one."""
+    body = {**tiny, "islands": 2, "rounds": 6, "inner": {**tiny["inner"], "steps_per_round": 1}}
+    body["storage"] = {**tiny["storage"], "snapshot_every_rounds": 100}
+    whole = open_run(RunConfig.from_dict({**body, "name": "whole"}))
+    train_in_process(whole)
+    cut = open_run(RunConfig.from_dict({**body, "name": "cut"}))
+    train_until(cut, 18)
+    assert len(digests(cut)) >= 5
+    assert list_snapshots(cut.store) == [0]
+    train_in_process(cut)
+    assert digests(cut) == digests(whole)

@@ -32,9 +32,8 @@ def cluster() -> Iterator[None]:
     import ray
 
     scratch = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False, _temp_dir=scratch
-    )
+    quiet = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
+    ray.init(address="local", num_cpus=2, _temp_dir=scratch, **quiet)
     yield
     ray.shutdown()
     shutil.rmtree(scratch, ignore_errors=True)
@@ -327,7 +326,7 @@ def test_over_ray_a_dead_coordinator_is_waited_for_until_the_deadline_and_named(
     actor = CoordinatorActor.remote(store.url, JOB)
     ray.get(actor.measured.remote(), timeout=PATIENCE_S)
     ray.kill(actor, no_restart=True)
-    with pytest.raises(DeadlineError, match="did not answer 'measured' for 0.5 s"):
+    with pytest.raises(DeadlineError, match=r"did not answer 'measured' for 0\.5 s"):
         RayTransport(actor, 0.5).measured()
 
 
