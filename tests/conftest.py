@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes share the cores
 
 TEXT = "the a one outer inner step island moves far from its base and comes back with news of what it saw"
 

@@ -15,10 +15,8 @@ from dataclasses import replace
 from typing import Any, assert_never
 
 import numpy as np
-import torch
 
 from diloco_ray.algorithm.codecs import get_codec
-from diloco_ray.algorithm.outer_gradient import inspect_payload
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination.data_ledger import DataLedger
 from diloco_ray.coordination.membership import is_current, may_return
@@ -46,6 +44,7 @@ from diloco_ray.coordination.recovery import expect, recover
 from diloco_ray.coordination.reducer import reduce
 from diloco_ray.coordination.state import RunState, ended, plan_for
 from diloco_ray.coordinator.job import CoordinatorJob
+from diloco_ray.coordinator.payloads import Payload
 from diloco_ray.coordinator.report import Report
 from diloco_ray.errors import CorruptionError, DiLoCoError, StoreError
 from diloco_ray.ids import sha256_hex
@@ -60,17 +59,6 @@ Job = Callable[[], Event | None]
 RECENT_RECORDS = 64  # kept with their payloads for followers; older ones are read from the store
 
 
-class _Payload:
-    """Encoded bytes as they came, then our own copy: what came may live in an island's memory and die with it."""
-
-    def __init__(self, data: Bytes):
-        self.data = data
-
-    def own(self) -> Bytes:
-        self.data = np.array(self.data)
-        return self.data
-
-
 class Coordinator:
     """One coordinator life. Taking the fence makes it the only writer of the run."""
 
@@ -82,7 +70,7 @@ class Coordinator:
         self._log = RunLog.open(store)
         self._replica = self._new_replica()
         restore(store, self._log, self._replica)
-        self._payloads: dict[tuple[Any, str], _Payload] = {}
+        self._payloads: dict[tuple[Any, str], Payload] = {}
         self._verdicts: dict[tuple[Any, str], Verdict] = {}
         self._computed: dict[int, tuple[Record, Bytes, str]] = {}  # committed, not yet announced
         self._recent: deque[tuple[Record, Bytes]] = deque(maxlen=RECENT_RECORDS)
@@ -132,7 +120,7 @@ class Coordinator:
         """`pending` while the payload is inspected; ask `verdict_on` after the next change."""
         name = (contribution.key, contribution.payload_sha256)
         self._verdicts.pop(name, None)
-        self._payloads.setdefault(name, _Payload(payload))
+        self._payloads.setdefault(name, Payload(payload))
         self.receive(Submitted(self._now_s(), contribution))
         return self.verdict_on(contribution)
 
@@ -254,26 +242,17 @@ class Coordinator:
 
     # ---- jobs: run by `later`, one after the other; the only users of replica and log ----
 
-    def _inspect(self, contribution: Contribution, held: "_Payload") -> Inspected:
-        norm, problem = 0.0, ""
-        if held.data.shape != (contribution.payload_bytes,) or held.data.dtype != np.uint8:
-            arrived = f"{held.data.dtype} of shape {held.data.shape}"
-            problem = f"form: {arrived} arrived, {contribution.payload_bytes} bytes were announced"
-        elif sha256_hex(held.own().data) != contribution.payload_sha256:
-            problem = "digest: the payload is not what its header says"
-        else:
-            num_values = self._job.layout.fragments[contribution.fragment].num_values
-            norm = inspect_payload(torch.from_numpy(held.data), num_values, self._uplink)
-            problem = "" if np.isfinite(norm) else f"values: the norm of the outer gradient is {norm}"
+    def _inspect(self, contribution: Contribution, payload: Payload) -> Inspected:
+        num_values = self._job.layout.fragments[contribution.fragment].num_values
+        norm, problem = payload.inspect(contribution, num_values, self._uplink)
         return Inspected(self._now_s(), contribution, norm, problem)
 
     def _take_outer_step(self, step: TakeOuterStep) -> Committed:
         keys = [((step.fragment, step.base_version, share.island), share.payload_sha256) for share in step.shares]
-        payloads = [torch.from_numpy(self._payloads[key].data) for key in keys]
+        payloads = [self._payloads[key].tensor for key in keys]
         weights = [share.weight for share in step.shares]
         combined, digest = self._replica.outer_step(step.fragment, payloads, weights, self._uplink)
-        parent = self._log.tail
-        payload = combined.numpy()
+        parent, payload = self._log.tail, combined.numpy()
         payload_sha256 = sha256_hex(payload.data)
         record = Record(
             index=parent.index + 1,
