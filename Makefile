@@ -14,11 +14,11 @@ quickstart: .venv/ready          ## four islands learn to write Python: no netwo
 	$(BIN)/diloco-ray train jobs/quickstart.yaml
 
 test: .venv/ready check          ## everything that CI runs
-	$(BIN)/python -m pytest -m 'not ray' --durations 5
+	$(BIN)/python -m pytest -m 'not ray' -n 2
 	$(BIN)/python -m pytest -m ray --durations 5
 
 unit: .venv/ready                ## the tier without Ray, under a minute
-	$(BIN)/python -m pytest -m 'not ray'
+	$(BIN)/python -m pytest -m 'not ray' -n 2
 
 check: .venv/ready               ## style, types, import contracts
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

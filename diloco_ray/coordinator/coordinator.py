@@ -192,6 +192,8 @@ class Coordinator:
         """An error of the store or the machine: nothing is lost, the same command goes on from the last record."""
         self.error = error if isinstance(error, DiLoCoError) else DiLoCoError(f"{type(error).__name__}: {error}")
         self.report.failed(self.error)
+        with contextlib.suppress(StoreError):  # which may be what failed
+            self.report.flush()
         self.state = replace(self.state, phase="failed", reason=self.error.what)
 
     # ---- receive, reduce, perform ----

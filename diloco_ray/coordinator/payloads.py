@@ -27,8 +27,8 @@ class Payload:
     def inspect(self, contribution: Contribution, num_values: int, codec: Codec) -> tuple[float, str]:
         """Copies the bytes; the norm of the outer gradient and what is wrong with it ("": nothing)."""
         if self._data.shape != (contribution.payload_bytes,) or self._data.dtype != np.uint8:
-            arrived = f"{self._data.dtype} of shape {self._data.shape}"
-            return 0.0, f"form: {arrived} arrived, {contribution.payload_bytes} bytes were announced"
+            arrived = f"{self._data.dtype} {self._data.shape}"
+            return 0.0, f"form: {arrived}, announced were {contribution.payload_bytes} bytes"
         self._data = np.array(self._data)
         if sha256_hex(self._data.data) != contribution.payload_sha256:
             return 0.0, "digest: the payload is not what its header says"

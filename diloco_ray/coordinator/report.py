@@ -1,5 +1,6 @@
 """What the coordinator tells people: events as they happen, the numbers of each round, and the status document."""
 
+import math
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -12,6 +13,9 @@ from diloco_ray.log.record import Record
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.observe.events import EventLog
 from diloco_ray.observe.status import BYTES_PER_GRADIENT_VALUE, statistics_of, validation_of
+
+AVERAGED = ("loss", "gradient_norm", "relative_error")  # over a round's islands
+SUMMED = ("inner_seconds", "sync_wait_seconds", "tokens")
 
 
 class Report:
@@ -54,7 +58,9 @@ class Report:
         self._log.add("decision", text=text)
 
     def accepted(self, c: Contribution) -> None:
-        self._metrics[c.island] = c.metrics
+        sums = {name: _number(c.metrics.get(name, 0.0)) for name in SUMMED}
+        means = {name: c.metrics.get(name, math.nan) for name in AVERAGED}
+        self._metrics[c.island] = {**sums, **means}
         self._bytes_up += c.payload_bytes
 
     def committed(self, record: Record, reason: str, num_followers: int, payload_bytes: int) -> None:
@@ -152,6 +158,11 @@ class Report:
                 "total": self.statistics.total_s,
             },
         }
+
+
+def _number(value: float) -> float:
+    """An island's word about itself, of which sums are made: what is not finite counts as nothing."""
+    return value if math.isfinite(value) else 0.0
 
 
 def _mean(values: Any) -> float:
