@@ -33,6 +33,7 @@ CHANGEABLE = (
     "inner.device",
     "inner.threads",
     "inner.compile",
+    "inner.checkpoint_every_rounds",
     "inner.checkpoints",
     "sync.quorum",
     "sync.grace_s",

@@ -155,7 +155,9 @@ def watch_the_wait(state: RunState, now_s: float) -> Step:
     rules, num_alive = state.rules, len(state.alive)
     if num_alive >= rules.min_islands or state.stepping:
         back = state.phase == "waiting" and num_alive >= rules.min_islands
-        state = replace(state, waiting_since_s=None, phase="training" if back else state.phase, reason="")
+        expected = membership.names(state.members, "expected")
+        reason = f"waiting for {', '.join(expected)} to join" if expected else ""
+        state = replace(state, waiting_since_s=None, phase="training" if back else state.phase, reason=reason)
         return state, [Note(f"{num_alive} islands alive again")] if back else []
     if state.waiting_since_s is None:
         reason = (

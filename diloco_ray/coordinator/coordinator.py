@@ -56,7 +56,7 @@ from diloco_ray.observe.events import of_kind
 from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
 
 Job = Callable[[], Event | None]
-RECENT_RECORDS = 64  # kept with their payloads for followers; older ones are read from the store
+RECENT_BYTES = 512 * 1024**2  # payloads kept for followers; older ones are read from the store
 
 
 class Coordinator:
@@ -73,7 +73,7 @@ class Coordinator:
         self._payloads: dict[tuple[Any, str], Payload] = {}
         self._verdicts: dict[tuple[Any, str], Verdict] = {}
         self._computed: dict[int, tuple[Record, Bytes, str]] = {}  # committed, not yet announced
-        self._recent: deque[tuple[Record, Bytes]] = deque(maxlen=RECENT_RECORDS)
+        self._recent: deque[tuple[Record, Bytes]] = deque()
         self.state = self._first_state()
         self.report = Report(store, self.fence_epoch, pid, job.layout.num_values)
         self.report.started(self.state)
@@ -149,6 +149,12 @@ class Coordinator:
         record = self._log.records[after + 1]  # a late follower gets one old record at a time
         return ((record, np.frombuffer(self._log.payload(record), np.uint8)),)
 
+    def _keep(self, record: Record, payload: Bytes) -> None:
+        self._recent.append((record, payload))
+        num_bytes = sum(kept.size for _, kept in self._recent)
+        while num_bytes > RECENT_BYTES and len(self._recent) > 1:
+            num_bytes -= self._recent.popleft()[1].size
+
     def snapshot(self) -> SnapshotState:
         """The newest usable snapshot, read from the store: joiners need nobody's live memory."""
         replica = self._new_replica()
@@ -203,7 +209,7 @@ class Coordinator:
             return
         if isinstance(event, Committed):
             record, payload, reason = self._computed.pop(event.index)
-            self._recent.append((record, payload))
+            self._keep(record, payload)
             self.report.committed(record, reason, len(self.state.alive), payload.size)
         self.state, commands = reduce(self.state, event)
         self.report.observe(self.state)

@@ -27,6 +27,9 @@ class InnerSettings(BaseModel):
     compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(1, ge=1, description="CPU threads of one island; null leaves torch's own choice")
+    checkpoint_every_rounds: int = Field(
+        1, ge=1, description="1 brings an interrupted run back bit for bit; more saves writing the optimizer's state"
+    )
     checkpoints: str | None = Field(
         None, description="where islands keep optimizer state (default: the run folder if local, else a local cache)"
     )

@@ -163,7 +163,8 @@ class Island:
             self._fetch_base(plan)
             result = self._run_inner_steps(plan)
             self._idle_since_s = time.monotonic()
-            self._checkpoints.save(plan.round + 1, self._optimizer, self._own_steps)
+            if (plan.round + 1) % self.job.inner.checkpoint_every_rounds == 0:
+                self._checkpoints.save(plan.round + 1, self._optimizer, self._own_steps)
             verdicts = [self._subtract_and_submit(plan, fragment, result) for fragment in self._open_fragments(plan)]
             kept = all(verdicts)
         except RoundAbandonedError:
