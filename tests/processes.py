@@ -14,6 +14,13 @@ from typing import Any
 
 import yaml
 
+from diloco_ray.config import RunConfig
+from diloco_ray.log.run_log import RunLog
+from diloco_ray.log.run_store import RunStore
+from diloco_ray.log.verify import verify
+from diloco_ray.run import open_run, replica_of
+from diloco_ray.simulation.in_process import train_in_process
+
 CLI = [sys.executable, "-m", "diloco_ray.cli"]
 DEADLINE_S = 240.0
 
@@ -84,3 +91,20 @@ def training(recipe: Path, folder: Path) -> Iterator[Train]:
         yield train
     finally:
         train.stop()
+
+
+def digests(folder: Path) -> list[str]:
+    """The global model after every outer step."""
+    return [record.parameters_digest for record in RunLog.open(RunStore(str(folder))).records]
+
+
+def uninterrupted(body: dict[str, Any]) -> list[str]:
+    reference = {**body, "name": "reference"}
+    train_in_process(open_run(RunConfig.from_dict(reference)))
+    return digests(run_folder(reference))
+
+
+def assert_whole(folder: Path, expected: list[str]) -> None:
+    report = verify(RunStore(str(folder)), replica_of)
+    assert report.problems == ()
+    assert digests(folder) == expected

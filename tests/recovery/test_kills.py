@@ -8,13 +8,7 @@ from typing import Any
 
 import pytest
 
-from diloco_ray.config import RunConfig
-from diloco_ray.log.run_log import RunLog
-from diloco_ray.log.run_store import RunStore
-from diloco_ray.log.verify import verify
-from diloco_ray.run import open_run, replica_of
-from diloco_ray.simulation.in_process import train_in_process
-from tests.processes import Train, run_folder, training, write_recipe
+from tests.processes import Train, assert_whole, digests, run_folder, training, uninterrupted, write_recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 
@@ -29,23 +23,6 @@ def recipe(tiny: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
-def digests(folder: Path) -> list[str]:
-    """The global model after every outer step."""
-    return [record.parameters_digest for record in RunLog.open(RunStore(str(folder))).records]
-
-
-def uninterrupted(body: dict[str, Any]) -> list[str]:
-    reference = {**body, "name": "reference"}
-    train_in_process(open_run(RunConfig.from_dict(reference)))
-    return digests(run_folder(reference))
-
-
-def assert_whole(folder: Path, expected: list[str]) -> None:
-    report = verify(RunStore(str(folder)), replica_of)
-    assert report.problems == ()
-    assert digests(folder) == expected
-
-
 def mid_round(round: int) -> Any:
     """An island is in the middle of this round."""
     return lambda status: any(i["round"] == round and 5 < i["step"] < 50 for i in status["islands"])
@@ -54,14 +31,6 @@ def mid_round(round: int) -> Any:
 def in_the_middle(train: Train, round: int) -> dict[str, Any]:
     status = train.wait_until(mid_round(round))
     return next(i for i in status["islands"] if i["round"] == round and 5 < i["step"] < 50)
-
-
-def test_an_undisturbed_ray_run_equals_the_in_process_run_bit_for_bit(recipe: dict[str, Any], tmp_path: Path) -> None:
-    expected = uninterrupted(recipe)
-    with training(write_recipe(tmp_path, recipe), run_folder(recipe)) as train:
-        output = train.wait_for_end()
-    assert_whole(run_folder(recipe), expected)
-    assert len([line for line in output.splitlines() if line.startswith("round ")]) == recipe["rounds"]
 
 
 def test_a_killed_island_comes_back_and_the_bits_are_the_same(recipe: dict[str, Any], tmp_path: Path) -> None:

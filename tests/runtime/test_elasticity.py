@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private.state import actors as all_actors
 from ray.cluster_utils import Cluster
 
 from diloco_ray.api import DiLoCoTrainer
@@ -104,3 +105,17 @@ def test_islands_join_as_nodes_come_and_the_others_go_on_as_nodes_go(cluster: Cl
     report = verify(RunStore(str(run_folder(body))), replica_of)
     assert report.problems == ()
     assert report.num_outer_steps == 40
+
+
+def test_islands_go_only_to_nodes_with_the_labels_that_the_recipe_names(cluster: Cluster, tiny: dict[str, Any]) -> None:
+    cluster.add_node(num_cpus=2, object_store_memory=NODE["object_store_memory"], labels={"zone": "eu-2"})
+    labels = {"island_resources": {"CPU": 1}, "label_selector": {"zone": "eu-2"}, "placement_timeout_s": 1}
+    none_such = {**tiny, "name": "nowhere", "islands": 2, "cluster": {**labels, "label_selector": {"zone": "us-1"}}}
+    with pytest.raises(ClusterError, match="zone"):
+        Watched(RunConfig.from_dict(none_such)).join()
+    watched = Watched(RunConfig.from_dict({**tiny, "islands": 2, "cluster": labels}))
+    watched.wait_until(lambda s: num_alive(s) == 2, "both islands are placed")
+    nodes = {a["NodeID"]: a["Labels"].get("zone") for a in ray.nodes()}
+    islands = [a for a in all_actors().values() if a["ActorClassName"] == "IslandActor" and a["State"] == "ALIVE"]
+    assert [nodes[island["Address"]["NodeID"]] for island in islands] == ["eu-2", "eu-2"]
+    watched.join()
