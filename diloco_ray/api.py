@@ -87,7 +87,7 @@ class DiLoCoTrainer:
 
 def load_model(run: Run, at: int | None = None) -> nn.Module:
     """The run's model with the outer parameters of outer step `at` (default: the last)."""
-    shards = TokenShards.open(run.document["prepared"])
+    shards = TokenShards.open(run.prepared_url)
     model = build_model(
         run.config.model,
         seed=run.config.seed,
@@ -112,7 +112,7 @@ def load_replica(run: Run, at: int | None = None) -> Replica:
 def export(path: str, to: str, at: int | None = None) -> str:
     """Writes the model and its tokenizer as `save_pretrained` does; returns where."""
     run = read_run(path)
-    tokenizer_path = TokenShards.open(run.document["prepared"]).tokenizer_path
+    tokenizer_path = TokenShards.open(run.prepared_url).tokenizer_path
     outer_step = RunLog.open(run.store).tail.index if at is None else at
     origin = {"run_id": run.run_id, "outer_step": outer_step, "recipe": run.document["config"]}
     return export_model(load_model(run, at), tokenizer_path, to, origin)
@@ -122,7 +122,7 @@ def evaluate(path: str, at: int | None = None) -> float:
     """Held-out loss of the outer parameters, on the sequences that the run measures on."""
     run = read_run(path)
     settings = run.config.evaluation
-    shards = TokenShards.open(run.document["prepared"])
+    shards = TokenShards.open(run.prepared_url)
     batches = validation_batches(shards, run.config.data.sequence_length, settings.num_sequences, settings.batch_size)
     return validation_loss(load_model(run, at), batches)
 
@@ -130,7 +130,7 @@ def evaluate(path: str, at: int | None = None) -> float:
 def sample(path: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
     """Text that the run's model continues the prompt with."""
     run = read_run(path)
-    tokenizer = load_tokenizer(TokenShards.open(run.document["prepared"]).tokenizer_path)
+    tokenizer = load_tokenizer(TokenShards.open(run.prepared_url).tokenizer_path)
     return sample_text(
         load_model(run), tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )

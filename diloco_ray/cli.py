@@ -119,7 +119,7 @@ def status(run: RunFolder, as_json: Annotated[bool, typer.Option("--json", help=
 
 def read_status(url: str) -> dict[str, Any]:
     """The status document; a run whose driver is gone says `interrupted`."""
-    from diloco_ray.errors import RunMismatchError
+    from diloco_ray.errors import CorruptionError, RunMismatchError
     from diloco_ray.log.run_store import RunStore
 
     store = RunStore(url)
@@ -129,7 +129,11 @@ def read_status(url: str) -> dict[str, Any]:
             where=store.url,
             remedy="name a run's folder, such as runs/quickstart",
         )
-    document = json.loads(store.read("status.json"))
+    try:
+        document = json.loads(store.read("status.json"))
+    except ValueError as error:
+        where, remedy = store.url_of("status.json"), "a running run writes it anew; `diloco-ray verify` checks the log"
+        raise CorruptionError("status.json is damaged", where=where, remedy=remedy) from error
     age_s = (datetime.now(UTC) - datetime.fromisoformat(document["updated_at"])).total_seconds()
     if document["state"] not in ("succeeded", "failed") and age_s > STALE_AFTER_S:
         document["reason"] = f"was {document['state']}; nothing heard for {age_s:.0f} s"

@@ -41,6 +41,7 @@ class Run:
     store: RunStore
     config: RunConfig
     document: Mapping[str, Any]
+    prepared_url: str  # where the run's token shards lie now
 
     @property
     def run_id(self) -> str:
@@ -96,7 +97,7 @@ class Run:
             num_inner_steps=config.num_inner_steps,
             layout=self.layout,
             data=config.data,
-            prepared_url=self.document["prepared"],
+            prepared_url=self.prepared_url,
             model=config.model,
             inner=config.inner,
             outer=config.outer,
@@ -129,7 +130,7 @@ def open_run(config: RunConfig, *, progress: Callable[[int, int | None], None] |
         _check_same_data(store, document, shards)
     else:
         document = _create(store, config, shards)
-    run = Run(store, config, document)
+    run = Run(store, config, document, RunStore(config.prepared_url).url)
     _write_beginning(run)
     return run
 
@@ -144,7 +145,15 @@ def read_run(url: str) -> Run:
             remedy="name the run's folder, such as runs/quickstart",
         )
     document = unseal(store.read(DOCUMENT), store.url_of(DOCUMENT))
-    return Run(store, RunConfig.from_dict(document["config"], where=store.url_of(DOCUMENT)), document)
+    config = RunConfig.from_dict(document["config"], where=store.url_of(DOCUMENT))
+    return Run(store, config, document, _prepared_now(store, document["prepared"]))
+
+
+def _prepared_now(store: RunStore, url: str) -> str:
+    """Where it was, or beside the run's folder, if both were moved together."""
+    beside = f"{store.url.rsplit('/', 1)[0]}/data/{url.rsplit('/', 1)[-1]}"
+    was_moved = not RunStore(url).exists("manifest.json") and RunStore(beside).exists("manifest.json")
+    return beside if was_moved else url
 
 
 def replica_of(document: Mapping[str, Any]) -> Replica:
@@ -249,7 +258,7 @@ def _write_beginning(run: Run) -> None:
     if RunLog.open(run.store).records:
         return
     replica = replica_of(run.document)
-    replica.load_from_(trainable_parameters(_model(run.config, TokenShards.open(run.document["prepared"]))))
+    replica.load_from_(trainable_parameters(_model(run.config, TokenShards.open(run.prepared_url))))
     digest = model_digest([replica.digest(fragment.index) for fragment in replica.layout.fragments])
     record = Record(
         index=0,

@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from diloco_ray import api
 from diloco_ray.config import RunConfig
 from diloco_ray.errors import ConfigError, CorruptionError, DataError, RunMismatchError, StoreError
 from diloco_ray.run import open_run, read_run
-from diloco_ray.simulation.in_process import train_in_process
-from tests.processes import run_folder
+from diloco_ray.simulation.in_process import begin, make_island, train_in_process
+from diloco_ray.transport.in_memory import InMemoryTransport
+from tests.processes import digests, run_folder
 
 
 def opened(body: dict[str, Any], *overrides: str) -> Any:
@@ -129,3 +132,59 @@ def test_relative_paths_spaces_and_missing_folders_work_as_people_expect(
     train_in_process(run)
     assert (tmp_path / "my runs" / "of today" / "tiny" / "log" / "00000001.json").exists()
     assert json.loads((tmp_path / "my runs/of today/tiny/run.json").read_text())["prepared"].startswith(str(tmp_path))
+
+
+def test_a_snapshot_that_the_log_has_not_reached_is_passed_over(tiny: dict[str, Any]) -> None:
+    """As in a folder that was copied while its run went on."""
+    train_in_process(opened(tiny))
+    folder = run_folder(tiny)
+    record = (folder / "log" / "00000004.json").read_bytes()
+    os.remove(folder / "log" / "00000004.json")
+    again = train_in_process(opened(tiny))
+    assert again.state.phase == "succeeded"
+    assert digests(folder)[-1] in record.decode()
+
+
+def test_a_finished_run_without_its_last_snapshot_can_be_opened_again(tiny: dict[str, Any]) -> None:
+    train_in_process(opened(tiny))
+    shutil.rmtree(run_folder(tiny) / "snapshots" / "00000004")
+    assert train_in_process(opened(tiny)).state.index == 4
+
+
+def test_a_folder_moved_with_its_data_is_still_a_run(tiny: dict[str, Any], tmp_path: Path) -> None:
+    train_in_process(opened(tiny))
+    before = api.evaluate(str(run_folder(tiny)))
+    shutil.move(tmp_path / "runs", tmp_path / "elsewhere")
+    moved = {**tiny, "storage": {**tiny["storage"], "path": str(tmp_path / "elsewhere")}}
+    assert api.evaluate(str(run_folder(moved))) == before
+    assert train_in_process(opened(moved, "rounds=5")).state.index == 5
+
+
+def test_damaged_events_are_no_reason_to_stop_a_run(tiny: dict[str, Any]) -> None:
+    train_in_process(opened(tiny))
+    path = next((run_folder(tiny) / "events").glob("*.jsonl"))
+    path.write_bytes(b'{"event": "round"}\n\xff{]\n' + path.read_bytes()[:-20])
+    assert train_in_process(opened(tiny, "rounds=5")).state.index == 5
+
+
+def test_a_run_whose_folder_is_deleted_under_it_stops_instead_of_training_on(tiny: dict[str, Any]) -> None:
+    coordinator = begin(opened(tiny))
+    *others, last = [make_island(opened(tiny), InMemoryTransport(coordinator), number) for number in range(3)]
+    for island in (*others, last):
+        island.start()
+    for island in others:
+        island.turn(0.0)
+    shutil.rmtree(run_folder(tiny) / "fences")
+    with pytest.raises(StoreError, match="fence"):
+        last.turn(0.0)
+
+
+def test_a_fence_is_above_those_of_the_log_even_if_the_fences_were_deleted(tiny: dict[str, Any]) -> None:
+    train_in_process(opened(tiny))
+    for _ in range(2):
+        train_in_process(opened(tiny))
+    longer = train_in_process(opened(tiny, "rounds=5"))
+    shutil.rmtree(run_folder(tiny) / "fences")
+    again = train_in_process(opened(tiny, "rounds=6"))
+    assert again.fence_epoch > longer.fence_epoch
+    assert again.state.index == 6

@@ -68,6 +68,8 @@ class Coordinator:
         self.error: DiLoCoError | None = None  # what ended this life
         self.fence_epoch = take_fence(store, job.rules.run_id, holder)
         self._log = RunLog.open(store)
+        while self.fence_epoch < self._log.tail.fence_epoch:  # fences were deleted; along the chain they never fall
+            self.fence_epoch = take_fence(store, job.rules.run_id, holder, self._log.tail.fence_epoch)
         self._replica = self._new_replica()
         restore(store, self._log, self._replica)
         self._payloads: dict[tuple[Any, str], Payload] = {}
@@ -129,9 +131,9 @@ class Coordinator:
 
     def news(self, island: str, incarnation: int, after: int, done: str) -> News | None:
         """None: nothing new past `after` and no plan other than `done`. Observers follow with an empty name."""
-        over = ended(self.state) and after >= self.state.index
-        if over:
-            return News("over", reason=self.state.reason)
+        if ended(self.state):
+            records = self._records_after(after)
+            return News("ok", records) if records else News("over", reason=self.state.reason)
         if island and not is_current(self.state.members, island, incarnation):
             back = may_return(self.state.members, island, incarnation)
             return News("rejoin" if back else "fenced", reason=f"{island} is held by another process")
@@ -168,13 +170,12 @@ class Coordinator:
         )
 
     def _load_newest(self, replica: Replica) -> int:
-        *others, oldest = reversed(list_snapshots(self._store))
-        for index in others:
+        records = self._log.records
+        for index in reversed([index for index in list_snapshots(self._store) if index < len(records)]):
             with contextlib.suppress(CorruptionError, StoreError):  # damaged, or pruned while it was read
-                load_snapshot(self._store, index, replica)
-                return index
-        load_snapshot(self._store, oldest, replica)
-        return oldest
+                if load_snapshot(self._store, index, replica) == records[index].digest():
+                    return index
+        raise CorruptionError("no snapshot is usable", where=self._store.url_of("snapshots"))
 
     def leave(self, island: str, incarnation: int, reason: str) -> None:
         self.receive(Left(self._now_s(), island, incarnation, reason))

@@ -120,6 +120,7 @@ class Island:
 
     def turn(self, wait_s: float) -> bool:
         """Follows the log for up to wait_s and does the work there is. False when the run is over."""
+        wait_s = 0.0 if self._said_hello else wait_s  # there may be something to send again at once
         news = self.transport.follow(
             self.identity.island, self.incarnation, self._follower.index, wait_s, self._done_lease
         )

@@ -160,7 +160,14 @@ class Chain:
 
 def check_fence(store: RunStore, epoch: int) -> None:
     """FencedError once a newer coordinator has taken a fence. Between this look and a commit, the create decides."""
-    newest = max(numbered(store, FENCES), default=0)
+    epochs = numbered(store, FENCES)
+    if epoch not in epochs:
+        raise StoreError(
+            f"the fence of epoch {epoch} is gone: somebody has deleted or replaced the run's folder",
+            where=store.url_of(FENCES),
+            remedy="restore the folder from a copy; a folder that lacks what it had is not written to",
+        )
+    newest = max(epochs)
     if newest > epoch:
         raise FencedError(
             f"a newer coordinator (fence epoch {newest}) writes this run; this one has {epoch}",
@@ -169,9 +176,9 @@ def check_fence(store: RunStore, epoch: int) -> None:
         )
 
 
-def take_fence(store: RunStore, run_id: str, holder: str) -> int:
+def take_fence(store: RunStore, run_id: str, holder: str, above: int = 0) -> int:
     """A fence epoch above all before it, for one coordinator life. holder: who it is, for people."""
-    epoch = 0
+    epoch = above
     while True:
         # A name already taken is passed over even by a store whose listing lags.
         epoch = max([epoch, *numbered(store, FENCES)]) + 1

@@ -57,10 +57,10 @@ def verify(
     """
     problems: list[str] = []
     run = _read_run(store, problems)
-    epochs = _check_fences(store, run, problems)
-    records = _read_records(store, run, epochs, problems)
+    # In this order a run that goes on meanwhile is whole: every snapshot has its record, every record its fence.
+    snapshots, num_records = list_snapshots(store), max(numbered(store, RECORDS), default=-1) + 1
+    records = _read_records(store, run, num_records, _check_fences(store, run, problems), problems)
     walk = _Replay(store, _replicas(store, run, replica_factory, problems), problems)
-    snapshots = list_snapshots(store)
     walk.check_all(records, snapshots, on_progress)
     sound = [record for record in records if record is not None]
     return VerifyReport(
@@ -103,9 +103,10 @@ def _check_fences(store: RunStore, run: dict[str, Any] | None, problems: list[st
     return highest
 
 
-def _read_records(store: RunStore, run: dict[str, Any] | None, epochs: int, problems: list[str]) -> list[Record | None]:
+def _read_records(
+    store: RunStore, run: dict[str, Any] | None, num_records: int, epochs: int, problems: list[str]
+) -> list[Record | None]:
     """The records by index, None where one is damaged or missing; what they say is checked on the way."""
-    num_records = max(numbered(store, RECORDS), default=-1) + 1
     if not num_records:
         problems.append(f"{store.url_of(RECORDS)}: there is no record")
     paths = [record_path(index) for index in range(num_records)]
@@ -217,7 +218,7 @@ class _Replay:
         for index, record in enumerate(records):
             payload = next(payloads) if record and record.payload and index > num_pruned else None
             self._step(record, payload)
-            if index in snapshots:
+            if index in snapshots and self.store.exists(manifest_path(index)):  # else pruned meanwhile
                 self._compare(index, record)
             if on_progress is not None:
                 on_progress(index + 1, len(records))

@@ -55,8 +55,18 @@ def _finite(fields: dict[str, Any]) -> dict[str, Any]:
 
 def read_events(store: Folder) -> list[dict[str, Any]]:
     """Every event of a run so far."""
-    texts = [store.read(f"events/{name}").decode() for name in store.list("events") if name.endswith(".jsonl")]
-    return [json.loads(line) for text in texts for line in text.splitlines()]
+    paths = [f"events/{name}" for name in store.list("events") if name.endswith(".jsonl")]
+    lines = [line for path in paths for line in store.read(path).decode(errors="replace").splitlines()]
+    return [event for line in lines if (event := _parsed(line)) is not None]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """None for a damaged line: events are for people, and no reason to stop a run."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
 
 
 def of_kind(events: Iterable[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:

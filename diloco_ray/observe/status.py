@@ -25,12 +25,12 @@ class Statistics:
     total_s: float = 0.0  # wall clock, from each life's first plan on
 
     def add_round(self, event: Mapping[str, Any]) -> None:
-        self.bytes_up += event["bytes_up"]
-        self.bytes_down += event["bytes_down"]
-        self.data_parallel_bytes += event["data_parallel_bytes"]
-        self.inner_s += event["inner_s"]
-        self.sync_wait_s += event["sync_wait_s"]
-        self.total_s += event["seconds"]
+        self.bytes_up += event.get("bytes_up", 0)
+        self.bytes_down += event.get("bytes_down", 0)
+        self.data_parallel_bytes += event.get("data_parallel_bytes", 0)
+        self.inner_s += event.get("inner_s", 0.0)
+        self.sync_wait_s += event.get("sync_wait_s", 0.0)
+        self.total_s += event.get("seconds", 0.0)
 
 
 def statistics_of(events: Sequence[Mapping[str, Any]]) -> Statistics:

@@ -16,8 +16,9 @@ import ray
 from diloco_ray.coordination.messages import Contribution, Verdict
 from diloco_ray.coordinator.coordinator import Coordinator, Job
 from diloco_ray.coordinator.job import CoordinatorJob
-from diloco_ray.errors import DiLoCoError, OvertakenError
+from diloco_ray.errors import DiLoCoError, FencedError, OvertakenError, StoreError
 from diloco_ray.ids import canonical_json
+from diloco_ray.log.run_log import check_fence
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
 
@@ -98,7 +99,8 @@ class CoordinatorActor:
         await loop.run_in_executor(self._worker, self._coordinator.report.flush)
         if self._clock:
             self._clock.cancel()
-        await loop.run_in_executor(self._files, self._write_status, self._status())
+        with contextlib.suppress(FencedError):
+            await loop.run_in_executor(self._files, self._write_status, self._status())
         return self._status()
 
     # ---- the loop ----
@@ -109,6 +111,7 @@ class CoordinatorActor:
         self._changed = asyncio.Event()
         if self._clock is None:
             self._clock = asyncio.get_running_loop().create_task(self._keep_time())
+            self._clock.add_done_callback(self._clock_stopped)
         return answer
 
     async def _change(self, timeout_s: float) -> None:
@@ -125,12 +128,21 @@ class CoordinatorActor:
             every_s = TICK_S if self._store.is_local else REMOTE_STATUS_EVERY_S
             if loop.time() - written_s >= every_s:
                 written_s = loop.time()
-                await loop.run_in_executor(self._files, self._write_status, self._status())
+                with contextlib.suppress(StoreError):  # a missed status is only that
+                    await loop.run_in_executor(self._files, self._write_status, self._status())
+
+    def _clock_stopped(self, clock: "asyncio.Task[None]") -> None:
+        """Without its clock a coordinator waits for ever: what stops the one ends the other."""
+        error = None if clock.cancelled() else clock.exception()
+        if error is not None:
+            self._coordinator.fail(error)
+            self._heard(None)
 
     def _status(self) -> dict[str, Any]:
         return self._coordinator.report.status(self._coordinator.state)
 
     def _write_status(self, status: dict[str, Any]) -> None:
+        check_fence(self._store, self._coordinator.fence_epoch)
         self._store.write(STATUS, canonical_json(status))
 
     def _run_later(self, job: Job) -> None:

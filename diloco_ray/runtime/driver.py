@@ -13,7 +13,15 @@ from typing import Any
 import ray
 from ray import exceptions
 
-from diloco_ray.errors import ClusterError, DataError, DeadlineError
+from diloco_ray.errors import (
+    ClusterError,
+    ConfigError,
+    CorruptionError,
+    DataError,
+    DeadlineError,
+    RunMismatchError,
+    StoreError,
+)
 from diloco_ray.ids import island_name
 from diloco_ray.run import Run
 from diloco_ray.runtime.cluster import actor_options, describe_shortage, num_placeable
@@ -22,7 +30,7 @@ from diloco_ray.runtime.island_actor import EvaluatorActor, IslandActor
 
 POLL_S = 0.25
 EVALUATION_TIMEOUT_S = 600.0  # for what is left to measure when training is over
-MAX_EVALUATOR_FAILURES = 3
+HOPELESS = (ConfigError, CorruptionError, DataError, RunMismatchError, StoreError)
 
 Watcher = Callable[[dict[str, Any], list[dict[str, Any]]], None]  # status, new events
 
@@ -132,7 +140,8 @@ class _Driver:
         except exceptions.RayError as error:
             reason = _reason(error)
             self._failures[life.name] = self._failures.get(life.name, 0) + 1
-            if _is_hopeless(error) or self._failures[life.name] > self._run.config.cluster.max_island_failures:
+            _raise_if_hopeless(error)
+            if self._failures[life.name] > self._run.config.cluster.max_island_failures:
                 raise ClusterError(
                     f"{life.name} failed {self._failures[life.name]} times, last: {reason}",
                     where=life.name,
@@ -149,14 +158,18 @@ class _Driver:
             if life.process in silent:
                 ray.kill(life.actor, no_restart=True)  # its call ends with an error, which `_tend` sees
 
-    def _tend_evaluator(self) -> None:
+    def _tend_evaluator(self) -> bool:
+        """Whether it has measured all; one that died is brought back."""
         try:
             ray.get(self._evaluation, timeout=POLL_S)
+            return True
         except exceptions.RayError as error:
+            _raise_if_hopeless(error)
             self._evaluator_failures += 1
-            if self._evaluator_failures > MAX_EVALUATOR_FAILURES:
+            if self._evaluator_failures > self._run.config.cluster.max_island_failures:
                 raise ClusterError(f"the evaluator failed: {_reason(error)}", where="evaluator") from error
             self._start_evaluator()
+            return False
 
     # ---- the coordinator ----
 
@@ -208,11 +221,10 @@ class _Driver:
     def _finish(self) -> dict[str, Any]:
         """Lets the evaluator measure the last outer step, then has everything written."""
         until = time.monotonic() + EVALUATION_TIMEOUT_S
-        while not ray.wait([self._evaluation], timeout=POLL_S)[0]:
+        while not (ray.wait([self._evaluation], timeout=POLL_S)[0] and self._tend_evaluator()):
             if time.monotonic() > until:
                 raise DeadlineError(f"the evaluator did not finish in {EVALUATION_TIMEOUT_S:g} s", where="evaluator")
             self._show(*self._ask())
-        self._tend_evaluator()
         self._show(*self._ask())
         return ray.get(self._coordinator.finish.remote(), timeout=60.0)
 
@@ -223,6 +235,7 @@ def _reason(error: BaseException) -> str:
     return f"{type(cause).__name__}: {text[0]}" if text else type(cause).__name__
 
 
-def _is_hopeless(error: BaseException) -> bool:
-    """Errors that a restart meets again."""
-    return isinstance(error, exceptions.RayTaskError) and isinstance(error.cause, DataError)
+def _raise_if_hopeless(error: BaseException) -> None:
+    """Errors that a restart meets again end the run as what they are."""
+    if isinstance(error, exceptions.RayTaskError) and isinstance(error.cause, HOPELESS):
+        raise error.cause from error

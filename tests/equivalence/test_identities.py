@@ -86,7 +86,7 @@ def digests(run: Run) -> list[tuple[str, str]]:
 
 
 def initial_model(run: Run) -> nn.Module:
-    manifest = TokenShards.open(run.document["prepared"]).manifest
+    manifest = TokenShards.open(run.prepared_url).manifest
     return build_model(
         run.config.model,
         seed=run.config.seed,
@@ -96,7 +96,7 @@ def initial_model(run: Run) -> nn.Module:
 
 
 def batches_of(run: Run, share: Share) -> list[Tensor]:
-    split = TokenShards.open(run.document["prepared"]).split("train")
+    split = TokenShards.open(run.prepared_url).split("train")
     inner, data = run.config.inner, run.config.data
     found = list(batches(split, share.spent, inner.batch_size, data.sequence_length, run.config.seed))
     assert len(found) == inner.steps_per_round

@@ -53,7 +53,7 @@ def test_long_lives_are_cut_into_segments_that_are_never_written_again(store: Ru
     add(log, 0, SEGMENT_LINES)
     log.flush()
     assert store.list("events") == ["000001-0000.jsonl"]
-    store.write("events/000001-0000.jsonl", store.read("events/000001-0000.jsonl") + b'{"number":-1}\n')
+    store.write("events/000001-0000.jsonl", store.read("events/000001-0000.jsonl") + b'{"event":"mark","number":-1}\n')
     add(log, SEGMENT_LINES, 2 * SEGMENT_LINES + 3)
     log.flush()
     assert store.list("events") == [f"000001-{segment:04d}.jsonl" for segment in range(3)]

@@ -31,7 +31,7 @@ def cli(*arguments: str, code: int = 0) -> str:
 def loss_of_export(folder: Path, run: Path) -> float:
     """As a stranger would measure it: from_pretrained, and the run's held-out sequences."""
     opened = read_run(str(run))
-    shards = TokenShards.open(opened.document["prepared"])
+    shards = TokenShards.open(opened.prepared_url)
     settings = opened.config.evaluation
     length = opened.config.data.sequence_length
     batches = validation_batches(shards, length, settings.num_sequences, settings.batch_size)
