@@ -1,5 +1,6 @@
 """The Python door: `DiLoCoTrainer(config).fit()`, in the shapes of Ray Train."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,20 +67,26 @@ class DiLoCoTrainer:
 
         Uses the Ray this process is connected to, else RAY_ADDRESS or `cluster.address`, else starts a local one.
         """
-        run = open_run(self.config)
-        with connected(self.config.cluster.address):
-            try:
-                if watch is not None:
-                    status = train_on_ray(run, watch)
-                else:
-                    with Progress(self.config.rounds) as progress:
-                        status = train_on_ray(run, progress)
-            except DiLoCoError as error:
-                if raise_on_error:
-                    raise
-                return Result(run.store.url, {}, error)
+        try:
+            run = self.open()
+            status = finished_status(run) or self._train(run, watch)
+        except DiLoCoError as error:
+            if raise_on_error:
+                raise
+            return Result(self.config.run_url, {}, error)
         last = status["validation"]["last"]
         return Result(run.store.url, {**status, "loss": last["loss"] if last else None})
+
+    def open(self) -> Run:
+        """Prepares the data and begins or takes up the run's folder: all that can be refused is refused here."""
+        return open_run(self.config)
+
+    def _train(self, run: Run, watch: Watcher | None) -> dict[str, Any]:
+        with connected(self.config.cluster.address):
+            if watch is not None:
+                return train_on_ray(run, watch)
+            with Progress(self.config.rounds) as progress:
+                return train_on_ray(run, progress)
 
 
 # ---- what can be done with a run's folder ----
@@ -96,6 +103,20 @@ def load_model(run: Run, at: int | None = None) -> nn.Module:
     )
     load_replica(run, at).write_to_(trainable_parameters(model))
     return model.eval()
+
+
+def finished_status(run: Run) -> dict[str, Any] | None:
+    """The last status of a run that has nothing left to do, measured to its end; else None."""
+    if not run.store.exists("status.json"):
+        return None
+    try:
+        status = json.loads(run.store.read("status.json"))
+    except ValueError:
+        return None
+    index = RunLog.open(run.store).tail.index
+    measured = (status["validation"]["last"] or {}).get("outer_step") == index
+    done = status["state"] == "succeeded" and status["outer_steps"] == index and status["rounds"] == run.config.rounds
+    return status if done and measured else None
 
 
 def load_replica(run: Run, at: int | None = None) -> Replica:

@@ -15,7 +15,7 @@ import typer
 from diloco_ray.errors import DiLoCoError
 
 DAMAGED, INTERRUPTED = 5, 130
-STALE_AFTER_S = 20.0  # a running run writes its status every half second, to a bucket every ten
+STALE_AFTER_S = {True: 8.0, False: 30.0}  # a running run writes its status every half second, to a bucket every ten
 
 app = typer.Typer(
     add_completion=False,
@@ -65,8 +65,10 @@ def train_recipe(config: Any) -> None:
     from diloco_ray.observe.progress import summary_lines
     from diloco_ray.run import read_run
 
+    trainer = DiLoCoTrainer(config)
+    trainer.open()
     print(f"run folder: {config.run_url}; meanwhile: diloco-ray status {config.run_url}", flush=True)
-    result = DiLoCoTrainer(config).fit()
+    result = trainer.fit()
     for line in summary_lines(result.metrics):
         print(line)
     samples = [event["sample"] for event in of_kind(read_events(read_run(result.path).store), "evaluation")]
@@ -135,9 +137,11 @@ def read_status(url: str) -> dict[str, Any]:
         where, remedy = store.url_of("status.json"), "a running run writes it anew; `diloco-ray verify` checks the log"
         raise CorruptionError("status.json is damaged", where=where, remedy=remedy) from error
     age_s = (datetime.now(UTC) - datetime.fromisoformat(document["updated_at"])).total_seconds()
-    if document["state"] not in ("succeeded", "failed") and age_s > STALE_AFTER_S:
+    if document["state"] not in ("succeeded", "failed") and age_s > STALE_AFTER_S[store.is_local]:
         document["reason"] = f"was {document['state']}; nothing heard for {age_s:.0f} s"
         document["state"] = "interrupted"
+        for island in document["islands"]:
+            island["state"] = "gone" if island["state"] == "alive" else island["state"]
     return document
 
 
@@ -148,9 +152,12 @@ def verify(run: RunFolder, as_json: Annotated[bool, typer.Option("--json")] = Fa
 
     from diloco_ray.log.run_store import RunStore
     from diloco_ray.log.verify import verify as verify_log
-    from diloco_ray.run import replica_of
+    from diloco_ray.run import read_run, replica_of
 
-    report = verify_log(RunStore(run), replica_of)
+    store = RunStore(run)
+    if not store.list("") or not (store.exists("run.json") or store.list("log")):
+        read_run(run)  # raises: there is no run at all
+    report = verify_log(store, replica_of)
     if as_json:
         print(json.dumps({**asdict(report), "ok": report.ok}, indent=2))
     elif report.ok:

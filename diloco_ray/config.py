@@ -110,6 +110,8 @@ class RunConfig(BaseModel):
     @field_validator("islands", mode="before")
     @classmethod
     def _one_number_means_exactly(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError("give a number, or [least, most]")
         return (value, value) if isinstance(value, int) else value
 
     @model_validator(mode="after")

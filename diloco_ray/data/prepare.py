@@ -234,5 +234,6 @@ def _both_splits_hold_text(done: _Done, settings: DataSettings) -> None:
         if not number:
             what = f"none of {sum(counts.values())} documents fell into the {name} part"
             what += f" with validation_fraction={settings.validation_fraction:g}"
-            remedy = "choose a larger data.validation_fraction, or give more text"
+            change = "larger" if name == "validation" else "smaller"
+            remedy = f"give more text, or choose a {change} data.validation_fraction"
             raise DataError(what, where="data.validation_fraction", remedy=remedy)

@@ -67,7 +67,7 @@ def _wait_for_places(run: Run, watch: Watcher) -> None:
             raise ClusterError(
                 f"{shortage} after {cluster.placement_timeout_s:g} s",
                 where="cluster.island_resources",
-                remedy="add nodes, lower `islands`, or ask for less (--set cluster.island_resources.CPU=0.5)",
+                remedy="add nodes, lower `islands`, or ask for less in cluster.island_resources",
             )
         time.sleep(POLL_S)
 

@@ -54,7 +54,10 @@ STATUS: dict[str, Any] = {
 
 def console(is_terminal: bool) -> tuple[Console, io.StringIO]:
     out = io.StringIO()
-    return Console(file=out, force_terminal=is_terminal, width=120, soft_wrap=True, highlight=False), out
+    terminal = {"TERM": "xterm"}  # not that of whoever runs the tests
+    return Console(
+        file=out, force_terminal=is_terminal, width=120, soft_wrap=True, highlight=False, _environ=terminal
+    ), out
 
 
 @pytest.mark.parametrize(

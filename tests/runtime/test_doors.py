@@ -54,6 +54,10 @@ def test_the_shell_trains_shows_verifies_exports_and_samples(tiny: dict[str, Any
     assert f"{status['validation']['last']['loss']:.4f}" in cli("evaluate", str(run))
     assert AutoTokenizer.from_pretrained(exported).decode([104, 105]) == "hi"
     assert cli("sample", str(run), "--prompt", "the island", "--tokens", "8").startswith("the island")
+    before = (run / "status.json").read_bytes()
+    assert "4 outer steps" in cli("train", str(tmp_path / "tiny.yaml"))  # done: nothing is started, nothing is written
+    assert (run / "status.json").read_bytes() == before
+    assert "no run at" in cli("verify", str(tmp_path / "nowhere"), code=7)
     damaged = run / "log" / "00000002.json"
     damaged.write_bytes(damaged.read_bytes().replace(b"island-00", b"island-01", 1))
     assert "log/00000002.json" in cli("verify", str(run), code=5)
