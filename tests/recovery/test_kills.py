@@ -15,33 +15,30 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 
 @pytest.fixture
 def recipe(tiny: dict[str, Any]) -> dict[str, Any]:
-    """Rounds long enough to be hit in the middle."""
+    """Rounds of a second or two: longer than what is seen of them is old."""
     body = deepcopy(tiny)
-    body["rounds"] = 10
-    body["inner"] |= {"steps_per_round": 60, "batch_size": 8}
-    body["sync"] = {"heartbeat_every_s": 0.5, "heartbeat_timeout_s": 30}
+    body["rounds"] = 5
+    body["inner"] |= {"steps_per_round": 1000, "batch_size": 4}
+    body["sync"] = {"heartbeat_every_s": 0.1, "heartbeat_timeout_s": 30}
     return body
 
 
-def mid_round(round: int) -> Any:
-    """An island is in the middle of this round."""
-    return lambda status: any(i["round"] == round and 5 < i["step"] < 50 for i in status["islands"])
+def is_in_the_middle(island: dict[str, Any], round: int) -> bool:
+    return island["state"] == "alive" and island["round"] == round and 0 < island["step"] < 0.3 * island["steps"]
 
 
 def in_the_middle(train: Train, round: int) -> dict[str, Any]:
-    status = train.wait_until(mid_round(round))
-    return next(i for i in status["islands"] if i["round"] == round and 5 < i["step"] < 50)
+    """Waits for an island in the first third of this round."""
+    status = train.wait_until(lambda s: any(is_in_the_middle(island, round) for island in s["islands"]))
+    return next(island for island in status["islands"] if is_in_the_middle(island, round))
 
 
 def test_a_killed_island_comes_back_and_the_bits_are_the_same(recipe: dict[str, Any], tmp_path: Path) -> None:
     expected = uninterrupted(recipe)
     with training(write_recipe(tmp_path, recipe), run_folder(recipe)) as train:
-        victim = in_the_middle(train, 3)
+        victim = in_the_middle(train, 2)
         os.kill(victim["pid"], signal.SIGKILL)
-        status = train.wait_until(
-            lambda s: any(i["name"] == victim["name"] and i["incarnation"] == 2 for i in s["islands"])
-        )
-        assert status["tokens"]["expired"] > 0
+        train.wait_until(lambda s: any(i["name"] == victim["name"] and i["incarnation"] == 2 for i in s["islands"]))
         train.wait_for_end()
     assert_whole(run_folder(recipe), expected)
 
@@ -49,7 +46,7 @@ def test_a_killed_island_comes_back_and_the_bits_are_the_same(recipe: dict[str, 
 def test_a_killed_coordinator_comes_back_and_the_run_goes_on_by_itself(recipe: dict[str, Any], tmp_path: Path) -> None:
     expected = uninterrupted(recipe)
     with training(write_recipe(tmp_path, recipe), run_folder(recipe)) as train:
-        in_the_middle(train, 3)
+        in_the_middle(train, 2)
         status = train.status()
         assert status is not None
         os.kill(status["coordinator"]["pid"], signal.SIGKILL)
@@ -66,7 +63,7 @@ def test_the_same_command_goes_on_after_everything_was_killed(recipe: dict[str, 
     expected = uninterrupted(recipe)
     path = write_recipe(tmp_path, recipe)
     with training(path, run_folder(recipe)) as train:
-        in_the_middle(train, 3)
+        in_the_middle(train, 2)
         train.kill()
     assert len(digests(run_folder(recipe))) < len(expected)
     with training(path, run_folder(recipe)) as train:
