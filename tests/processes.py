@@ -24,6 +24,8 @@ from diloco_ray.simulation.in_process import train_in_process
 CLI = [sys.executable, "-m", "diloco_ray.cli"]
 DEADLINE_S = 240.0
 
+_UNINTERRUPTED: dict[str, list[str]] = {}
+
 
 def write_recipe(folder: Path, body: dict[str, Any]) -> Path:
     path = folder / f"{body['name']}.yaml"
@@ -99,9 +101,13 @@ def digests(folder: Path) -> list[str]:
 
 
 def uninterrupted(body: dict[str, Any]) -> list[str]:
-    reference = {**body, "name": "reference"}
-    train_in_process(open_run(RunConfig.from_dict(reference)))
-    return digests(run_folder(reference))
+    """The digests of the same recipe, trained in process; computed once for tests that share a recipe."""
+    key = json.dumps({**body, "storage": None}, sort_keys=True)
+    if key not in _UNINTERRUPTED:
+        reference = {**body, "name": "reference"}
+        train_in_process(open_run(RunConfig.from_dict(reference)))
+        _UNINTERRUPTED[key] = digests(run_folder(reference))
+    return _UNINTERRUPTED[key]
 
 
 def assert_whole(folder: Path, expected: list[str]) -> None:

@@ -18,7 +18,7 @@ def recipe(tiny: dict[str, Any]) -> dict[str, Any]:
     """Rounds of a second or two: longer than what is seen of them is old."""
     body = deepcopy(tiny)
     body["rounds"] = 5
-    body["inner"] |= {"steps_per_round": 1000, "batch_size": 4}
+    body["inner"] |= {"steps_per_round": 700, "batch_size": 4}
     body["sync"] = {"heartbeat_every_s": 0.1, "heartbeat_timeout_s": 30}
     return body
 
