@@ -26,16 +26,17 @@ class DataRange:
 
 @dataclass(frozen=True)
 class InnerPlan:
-    """What one island is asked to do: from which base, how many inner steps, on which data."""
+    """What one island is asked to do: how many inner steps, on which data, for which of its rounds."""
 
     island: str
     incarnation: int
     lease_id: str
-    round: int  # rounds completed before this one
-    base_index: int  # log index that the island's replica must have replayed to
-    base_version: int
+    round: int  # that its contributions are for: the run's where islands go in step, else the island's own count
+    base_index: int  # log index from which an island begins that does not go on from its own parameters
     inner_steps: int
+    silent_steps: int  # of these, the first ones: a round, or several, whose contribution is dropped
     first_inner_step: int  # global inner step, which the learning-rate schedule runs on
+    num_islands: int  # alive when the plan was made
     ranges: tuple[DataRange, ...]
 
 
@@ -47,6 +48,7 @@ class Contribution:
     island: str
     incarnation: int
     fragment: int
+    round: int
     base_version: int
     lease_id: str
     codec: str
@@ -58,7 +60,7 @@ class Contribution:
     @property
     def key(self) -> tuple[int, int, str]:
         """Committed at most once (invariant I2)."""
-        return self.fragment, self.base_version, self.island
+        return self.fragment, self.round, self.island
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Share:
-    """One island's part in an outer step. `spent` is empty but on the fragment that closes the island's lease."""
+    """One contribution's part in an outer step. `spent` is empty but on the fragment that closes the lease."""
 
     island: str
     incarnation: int
+    round: int
     base_version: int
     weight: float
     tokens: int
@@ -95,7 +98,7 @@ class Joined:
     incarnation: int  # 0 for a new process; else what an earlier coordinator life gave it
     pid: int
     node: str
-    held: InnerPlan | None = None  # work in hand when the coordinator, not the island, was restarted
+    held: tuple[InnerPlan, ...] = ()  # work in hand when the coordinator, not the island, was restarted
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ class TakeOuterStep:
     """Combine the shares' payloads in this order, commit the record, report `Committed`."""
 
     fragment: int
-    round: int
+    round: int  # rounds that are whole with this step
     base_version: int
     shares: tuple[Share, ...]
     tokens: Mapping[str, int]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from diloco_ray.coordination.admission import NORM_HISTORY
 from diloco_ray.coordination.membership import Member
 from diloco_ray.coordination.messages import DataRange, TakeOuterStep
-from diloco_ray.coordination.state import RunState, of_other_fragments, with_version
+from diloco_ray.coordination.state import RunState, with_version
 
 
 def recover(state: RunState, steps: Iterable[TakeOuterStep]) -> RunState:
@@ -14,21 +14,23 @@ def recover(state: RunState, steps: Iterable[TakeOuterStep]) -> RunState:
     spent: list[DataRange] = []
     last: TakeOuterStep | None = None
     for last in steps:
-        fragment, version = last.fragment, last.base_version + 1
-        digests = {(fragment, last.base_version, share.island): share.payload_sha256 for share in last.shares}
+        fragment = last.fragment
         members = {s.island: Member(s.island, "absent", s.incarnation) for s in last.shares}
+        norms = (*state.norms.get(fragment, ()), *(share.norm for share in last.shares))[-NORM_HISTORY:]
         state = replace(
             state,
             index=state.index + 1,
-            versions=with_version(state.versions, fragment, version),
-            settled={**of_other_fragments(state.settled, fragment), **digests},
+            round=last.round,
+            versions=with_version(state.versions, fragment, last.base_version + 1),
+            settled={**state.settled, **{(fragment, s.island): (s.round, s.payload_sha256) for s in last.shares}},
+            num_plans={**state.num_plans, **{share.island: share.round + 1 for share in last.shares}},
             members=dict(sorted({**state.members, **members}.items())),
-            norms=(*state.norms, *(share.norm for share in last.shares))[-NORM_HISTORY:],
+            norms={**state.norms, fragment: norms},
         )
         spent += [data_range for share in last.shares for data_range in share.spent]
     if last is None:
         return state
-    state = replace(state, round=min(state.versions), ledger=state.ledger.recovered(spent, last.tokens))
+    state = replace(state, ledger=state.ledger.recovered(spent, last.tokens))
     if state.round >= state.rules.num_rounds:
         return replace(state, phase="succeeded", reason=f"{state.round} rounds done")
     return state

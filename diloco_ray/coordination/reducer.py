@@ -1,16 +1,16 @@
 """The coordinator's decisions: `reduce(state, event) -> (state, commands)`, a pure function.
 
-One round: every live island gets an `InnerPlan` (base, steps, leased data); its contributions are admitted; when a
-fragment has all that are awaited, or the grace window ran out, its outer step is taken and committed; when every
-fragment has stepped, the round is whole and the next one opens. Islands that join in an open round start with the
-next, unless the round has too few without them.
+Every live island has an `InnerPlan` (steps, leased data); its contributions are admitted; when a fragment has those
+that its outer step waits for, the step is taken and committed. What is waited for, and who works on what meanwhile,
+is all that the presets differ in: see `plans` and `rounds`. Islands that join in an open round start with the next,
+unless the round has too few without them.
 """
 
 from dataclasses import replace
 from typing import assert_never
 
 from diloco_ray.coordination import membership
-from diloco_ray.coordination.admission import judge_header, judge_norm, order_problem, refuse, schema_problem
+from diloco_ray.coordination.admission import judge_header, judge_norm, plan_of, refuse, schema_problem
 from diloco_ray.coordination.membership import STRIKES_TO_QUARANTINE, Member, with_member
 from diloco_ray.coordination.messages import (
     Answer,
@@ -30,16 +30,8 @@ from diloco_ray.coordination.messages import (
     Tick,
     Verdict,
 )
-from diloco_ray.coordination.rounds import (
-    Step,
-    close_fragments,
-    committed,
-    has_contributed,
-    issue_plans,
-    open_round,
-    sequences_per_round,
-    watch_the_wait,
-)
+from diloco_ray.coordination.plans import Step, hand_out_work, issue_plans, watch_the_wait
+from diloco_ray.coordination.rounds import close_fragments, committed
 from diloco_ray.coordination.state import Accepted, RunState, ended, without
 
 
@@ -69,7 +61,7 @@ def reduce(state: RunState, event: Event) -> Step:
             state, commands = _tick(state, event.now_s)
         case _:
             assert_never(event)
-    for go_on in (open_round, close_fragments, watch_the_wait):
+    for go_on in (hand_out_work, close_fragments, watch_the_wait):
         state, more = go_on(state, event.now_s)
         commands += more
     return state, commands
@@ -97,26 +89,32 @@ def _joined(state: RunState, event: Joined) -> Step:
     )
     state = replace(state, members=with_member(state.members, member))
     commands.append(Note(f"{event.island} joined (incarnation {member.incarnation}, pid {event.pid} on {event.node})"))
-    if event.held is not None and event.island not in state.plans:
-        state, more = _take_up(state, event.island, event.held)
-        commands += more
+    for plan in event.held:
+        if plan.lease_id not in {known.lease_id for known in state.plans.get(event.island, ())}:
+            state, more = _take_up(state, event.island, plan)
+            commands += more
     return state, commands
 
 
 def _take_up(state: RunState, island: str, held: InnerPlan) -> Step:
     """An island that outlived the coordinator goes on with its work if nobody else has got its data."""
+    rules, mine = state.rules, state.plans.get(island, ())
+    following = mine[-1].round + 1 if mine else state.round
     fits = (
         not ended(state)
         and held.island == island
         and membership.is_current(state.members, island, held.incarnation)
-        and held.round == held.base_version == state.round
-        and held.inner_steps == state.rules.inner_steps_per_round
-        and sum(r.num_sequences for r in held.ranges) == sequences_per_round(state.rules)
+        and (following <= held.round < rules.num_rounds if rules.in_step else held.round >= following)
+        and held.round - held.silent_steps // rules.inner_steps_per_round <= following + bool(rules.overlap)
+        and 0 < held.inner_steps - held.silent_steps <= rules.inner_steps_per_round
+        and sum(r.num_sequences for r in held.ranges) == held.inner_steps * rules.sequences_per_inner_step
     )
     ledger = state.ledger.adopt(held.lease_id, island, held.ranges) if fits else None
     if ledger is None:
         return state, [Note(f"{island}: work on round {held.round + 1} is void; it gets a new plan")]
-    state = replace(state, ledger=ledger, plans={**state.plans, island: held})
+    plans = {**state.plans, island: (*mine, held)}
+    num_plans = {**state.num_plans, island: held.round + 1}
+    state = replace(state, ledger=ledger, plans=plans, num_plans=num_plans)
     return state, [Note(f"{island} goes on with its work on round {held.round + 1}")]
 
 
@@ -139,13 +137,14 @@ def _gone(state: RunState, island: str, standing: membership.Standing, reason: s
 
 
 def _revoke(state: RunState, island: str, fate: str) -> RunState:
-    """Ends the island's plan, unless the contribution that closes its lease is already accepted."""
+    """Ends the island's plans, but for those whose closing contribution is already accepted."""
     inspecting = {key for key, item in state.inbox.items() if key[2] == island and item.norm is None}
     state = replace(state, inbox=without(state.inbox, *inspecting))
-    plan = state.plans.get(island)
-    if plan is None or has_contributed(state, island):
-        return state
-    return replace(state, ledger=state.ledger.settle(plan.lease_id, fate), plans=without(state.plans, island))
+    ledger = state.ledger
+    for plan in state.open_plans(island):
+        ledger = ledger.settle(plan.lease_id, fate)
+    whole = tuple(plan for plan in state.plans.get(island, ()) if state.is_whole(plan))
+    return replace(state, ledger=ledger, plans={**state.plans, island: whole})
 
 
 # ---- contributions ----
@@ -154,7 +153,7 @@ def _revoke(state: RunState, island: str, fate: str) -> RunState:
 def _submitted(state: RunState, event: Submitted) -> Step:
     c = event.contribution
     verdict = judge_header(state, c)
-    if c.base_version == state.round and membership.is_current(state.members, c.island, c.incarnation):
+    if plan_of(state, c) and membership.is_current(state.members, c.island, c.incarnation):
         state = replace(state, offered=state.offered | {c.island})
     if verdict is None:
         return _awaited(state, c)
@@ -165,13 +164,11 @@ def _submitted(state: RunState, event: Submitted) -> Step:
 
 
 def _awaited(state: RunState, c: Contribution) -> Step:
-    """Has the payload inspected, unless the header already shows that the island must repeat its round."""
+    """Has the payload inspected, unless the header already shows that it cannot be right."""
     if problem := schema_problem(state.rules, c):
         return _strike(state, c, problem)
-    if problem := order_problem(state, c):
-        state = _repeat(_void(state, c.island, "rejected"), c.island)
-        return state, [Answer(c, refuse(problem)), Note(f"{c.island} repeats the round: {problem}")]
-    accepted = Accepted(c, state.ledger.outstanding[c.lease_id])
+    plan = plan_of(state, c)
+    accepted = Accepted(c, state.ledger.outstanding[c.lease_id], plan.inner_steps if plan else 1)
     return replace(state, inbox={**state.inbox, c.key: accepted}), [Inspect(c)]
 
 
@@ -181,16 +178,20 @@ def _inspected(state: RunState, event: Inspected) -> Step:
     if held is None or held.contribution.payload_sha256 != c.payload_sha256 or held.norm is not None:
         # Not what is being inspected now: its island was lost meanwhile, or the answer came twice.
         return state, [Answer(c, judge_header(state, c) or Verdict("unknown"))]
-    verdict = refuse(event.problem) if event.problem else judge_norm(state, event.norm)
+    verdict = refuse(event.problem) if event.problem else judge_norm(state, c.fragment, event.norm)
     if verdict.status == "rejected":
         return _strike(state, c, verdict.reason)
     accepted = replace(held, norm=event.norm, accepted_s=event.now_s)
-    return replace(state, inbox={**state.inbox, c.key: accepted}), [Answer(c, verdict)]
+    state = replace(state, inbox={**state.inbox, c.key: accepted})
+    if c.fragment == state.closing_fragment:
+        step_s = c.metrics.get("inner_seconds", 0.0) / held.inner_steps
+        state = replace(state, pace=state.pace.stepped(c.island, step_s))
+    return state, [Answer(c, verdict)]
 
 
 def _strike(state: RunState, c: Contribution, reason: str) -> Step:
-    """A bad payload costs the island its round; the third in a row costs it its place."""
-    state = _void(state, c.island, "rejected")
+    """A bad payload costs the island the work it has in hand; the third in a row costs it its place."""
+    state = _void(state, c.island)
     member = state.members[c.island]
     member = replace(member, strikes=member.strikes + 1)
     state = replace(state, members=with_member(state.members, member))
@@ -201,18 +202,20 @@ def _strike(state: RunState, c: Contribution, reason: str) -> Step:
     if member.strikes >= STRIKES_TO_QUARANTINE:
         state, more = _gone(state, c.island, "quarantined", reason)
         return state, commands + more
-    return _repeat(state, c.island), commands
+    # The same data once more: where islands go in step, the others wait for it in this round.
+    return (issue_plans(state, [c.island]) if not state.open_plans(c.island) else state), commands
 
 
-def _void(state: RunState, island: str, fate: str) -> RunState:
-    """Drops the island's work on the open round, but for what an outer step under way has taken in."""
-    mine = {key for key in state.inbox if key[2] == island and key[0] not in state.stepping}
-    return _revoke(replace(state, inbox=without(state.inbox, *mine)), island, fate)
-
-
-def _repeat(state: RunState, island: str) -> RunState:
-    """The same data once more: the others wait for it in this round."""
-    return state if island in state.plans else issue_plans(state, [island])
+def _void(state: RunState, island: str) -> RunState:
+    """Drops the island's unfinished work, but for what an outer step under way has taken in."""
+    unfinished = {plan.lease_id for plan in state.open_plans(island)}
+    stepping = {key for keys in state.stepping.values() for key in keys}
+    mine = {
+        key
+        for key, item in state.inbox.items()
+        if key[2] == island and item.contribution.lease_id in unfinished and key not in stepping
+    }
+    return _revoke(replace(state, inbox=without(state.inbox, *mine)), island, "rejected")
 
 
 # ---- time ----

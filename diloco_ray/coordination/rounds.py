@@ -1,174 +1,273 @@
-"""Rounds: who gets which work, when an outer step is taken, when a round is whole, how long too few are waited for."""
+"""Outer steps and rounds: when a step is taken and with which contributions, and when a round is whole.
 
+Islands that go in step (`closes: all`): a step is of one round and waits for every island at work on it, or for the
+grace window; what comes later has expired. Otherwise a step takes what has come, and what comes later enters the next:
+`arrival` takes each contribution by itself; `quorum` waits for so many, then for a window that adapts to the pace.
+"""
+
+import math
 from dataclasses import replace
 
 from diloco_ray.coordination import membership
-from diloco_ray.coordination.admission import NORM_HISTORY, ready_to_step
-from diloco_ray.coordination.messages import CloseRound, Command, Committed, End, InnerPlan, Note, Share, TakeOuterStep
-from diloco_ray.coordination.state import Rules, RunState, ended, of_other_fragments, with_version
+from diloco_ray.coordination.admission import NORM_HISTORY
+from diloco_ray.coordination.data_ledger import DataLedger
+from diloco_ray.coordination.messages import CloseRound, Command, Committed, End, InnerPlan, Share, TakeOuterStep
+from diloco_ray.coordination.state import Accepted, Key, RunState, ended, with_version, without
 
 Step = tuple[RunState, list[Command]]
+Ready = tuple[str, tuple[Key, ...]]  # why, and what the step is made of
 
 
-def has_contributed(state: RunState, island: str) -> bool:
-    return island in state.accepted(state.closing_fragment)
-
-
-def sequences_per_round(rules: Rules) -> int:
-    """Of one island."""
-    return rules.inner_steps_per_round * rules.sequences_per_inner_step
-
-
-def issue_plans(state: RunState, islands: list[str]) -> RunState:
-    """Leases in island order, so that the same members get the same data in every replay.
-
-    Those whose own data came back are served first, or others would be given it.
-    """
-    steps = state.rules.inner_steps_per_round
-    holders = {holder for _, holder in state.ledger.returned}
-    for island in sorted(islands, key=lambda island: (island not in holders, island)):
-        ledger, lease = state.ledger.lease(island, sequences_per_round(state.rules))
-        plan = InnerPlan(
-            island=island,
-            incarnation=state.members[island].incarnation,
-            lease_id=lease.id,
-            round=state.round,
-            base_index=state.index,
-            base_version=state.round,
-            inner_steps=steps,
-            first_inner_step=state.round * steps,
-            ranges=lease.ranges,
-        )
-        state = replace(state, ledger=ledger, plans={**state.plans, island: plan})
-    return state
-
-
-def open_round(state: RunState, now_s: float) -> Step:
-    """Gives work to the idle: all of them when no round is open, joiners only where the open round lacks islands.
-
-    A joiner that has waited long enough for the open round to close gets work as well: who is at work may be hung.
-    """
-    if ended(state) or membership.names(state.members, "expected"):
-        return state, []
-    idle = [name for name in state.alive if name not in state.plans and not has_contributed(state, name)]
-    taking_part = {name for name in state.alive if name in state.plans}
-    taking_part |= set(state.accepted(state.closing_fragment))
-    if not taking_part and len(state.alive) < state.rules.min_islands:
-        return state, []
-    short = len(taking_part) < state.rules.min_islands
-    if state.phase != "gathering" and taking_part and not short:
-        idle = [name for name in idle if now_s - state.members[name].joined_s > state.rules.waiting_timeout_s]
-    state = replace(state, phase="training") if state.phase == "gathering" else state
-    if not idle:
-        return state, []
-    return issue_plans(state, idle), [Note(f"round {state.round + 1}: {', '.join(idle)} at work")]
+# ---- when an outer step is taken ----
 
 
 def close_fragments(state: RunState, now_s: float) -> Step:
     commands: list[Command] = []
     for fragment in range(state.rules.num_fragments):
-        reason = ready_to_step(state, fragment, now_s)
-        if reason:
-            state, command = _close(state, fragment, reason)
+        ready = _ready(state, fragment, now_s)
+        if ready:
+            state, command = _close(state, fragment, *ready, now_s)
             commands.append(command)
     return state, commands
 
 
-def _close(state: RunState, fragment: int, reason: str) -> tuple[RunState, TakeOuterStep]:
-    """Fixes who is in. The lease of each is spent with its last fragment; those who are late lose theirs."""
+def next_look_s(state: RunState) -> float | None:
+    """When a step may be taken though nothing more happens: the end of a grace window, or of a launch interval."""
+    times = [when for p in range(state.rules.num_fragments) if (when := _grace_ends_s(state, p)) is not None]
+    return min(times, default=None)
+
+
+def _ready(state: RunState, fragment: int, now_s: float) -> Ready | None:
+    if ended(state) or fragment in state.stepping:
+        return None
+    accepted = state.accepted(fragment)
+    if not accepted:
+        return None
+    match state.rules.closes:
+        case "all":
+            return _ready_in_step(state, fragment, accepted, now_s)
+        case "arrival":
+            first = min(accepted, key=lambda key: (accepted[key].accepted_s, key))
+            return f"{first[2]} is in", (first,)
+        case "quorum":
+            return _ready_with_quorum(state, fragment, accepted, now_s)
+
+
+def _ready_in_step(state: RunState, fragment: int, accepted: dict[Key, Accepted], now_s: float) -> Ready | None:
+    version, rules = state.versions[fragment], state.rules
+    if fragment == state.closing_fragment and min(state.versions[:fragment], default=version + 1) <= version:
+        return None  # it ends every lease: what is still open then could be contributed to by nobody
+    # Islands that worked on this round before a coordinator restart are expected back: wait for them too.
+    awaited = [*_awaited(state, fragment), *membership.names(state.members, "expected")]
+    least = min(rules.min_islands, rules.islands_in(version))
+    if len(accepted) + len(_silent(state, version)) < max(1, least) or _being_inspected(state, fragment):
+        return None
+    if not awaited:
+        return f"all {len(accepted)} live islands in", tuple(accepted)
+    ends_s = _grace_ends_s(state, fragment)
+    if ends_s is not None and now_s >= ends_s:
+        late = ", ".join(awaited)
+        reason = f"{len(accepted)} of {len(accepted) + len(awaited)} in; {late} overran {rules.grace_s:g} s"
+        return reason, tuple(accepted)
+    return None
+
+
+def _ready_with_quorum(state: RunState, fragment: int, accepted: dict[Key, Accepted], now_s: float) -> Ready | None:
+    islands, num_alive = {key[2] for key in accepted}, len(state.alive)
+    ends_s = _grace_ends_s(state, fragment)
+    if ends_s is None or now_s < _held_until_s(state, fragment):
+        return None
+    if islands.issuperset(state.alive):
+        return f"all {len(islands)} live islands in", tuple(accepted)
+    if now_s >= ends_s and not _being_inspected(state, fragment):
+        return f"{len(islands)} of {num_alive} in", tuple(accepted)
+    return None
+
+
+def _being_inspected(state: RunState, fragment: int) -> bool:
+    return any(key[0] == fragment and item.norm is None for key, item in state.inbox.items())
+
+
+def _awaited(state: RunState, fragment: int) -> list[str]:
+    """Islands at work on the fragment's round that have not contributed to it."""
+    version = state.versions[fragment]
+    contributed = {key[2] for key in state.accepted(fragment)}
+    return [
+        plan.island
+        for plan in _plans(state)
+        if plan.round == version
+        and plan.island not in contributed
+        and membership.is_current(state.members, plan.island, plan.incarnation)
+    ]
+
+
+def _silent(state: RunState, round: int) -> list[str]:
+    """Islands whose contribution to this round is dropped."""
+    steps = state.rules.inner_steps_per_round
+    return [p.island for p in _plans(state) if p.round - p.silent_steps // steps <= round < p.round]
+
+
+def _plans(state: RunState) -> list[InnerPlan]:
+    return [plan for plans in state.plans.values() for plan in plans]
+
+
+def _grace_ends_s(state: RunState, fragment: int) -> float | None:
+    """None: the quorum is not in, so the window has not begun."""
+    rules = state.rules
+    if rules.closes == "arrival":
+        return None
+    first_s: dict[str, float] = {}
+    for key, item in state.accepted(fragment).items():
+        first_s.setdefault(key[2], item.accepted_s)
+    quorum = rules.quorum if rules.in_step else min(rules.quorum, max(1, len(state.alive)))
+    if len(first_s) < quorum:
+        return None
+    quorum_since_s = sorted(first_s.values())[quorum - 1]
+    if rules.in_step:
+        return quorum_since_s + rules.grace_s
+    grace_s = state.pace.grace_s(rules.overlap, rules.grace_share, rules.grace_s)
+    return max(quorum_since_s + grace_s, _held_until_s(state, fragment))
+
+
+def _held_until_s(state: RunState, fragment: int) -> float:
+    """Steps of one fragment are a round apart, or on a fast network each island's arrival would be a step."""
+    interval_s = state.rules.launch_interval_s
+    if interval_s is None:
+        interval_s = state.rules.inner_steps_per_round * state.pace.fastest_step_s
+    return state.pace.launched_s.get(fragment, -math.inf) + interval_s
+
+
+# ---- what an outer step takes in ----
+
+
+def _close(
+    state: RunState, fragment: int, reason: str, keys: tuple[Key, ...], now_s: float
+) -> tuple[RunState, TakeOuterStep]:
+    """Fixes who is in. A lease is spent with its last fragment; where islands go in step, the late lose theirs."""
     closing = fragment == state.closing_fragment
     version = state.versions[fragment]
-    accepted = state.accepted(fragment)
+    taken = [state.inbox[key] for key in keys]
     shares = tuple(
         Share(
-            island=island,
+            island=item.contribution.island,
             incarnation=item.contribution.incarnation,
-            base_version=version,
-            weight=1.0 if state.rules.weighting == "uniform" else float(item.lease.num_tokens),
+            round=item.contribution.round,
+            base_version=item.contribution.base_version,
+            weight=_weight(state, item),
             tokens=item.lease.num_tokens if closing else 0,
             spent=item.lease.ranges if closing else (),
             payload_sha256=item.contribution.payload_sha256,
             payload_bytes=item.contribution.payload_bytes,
             norm=item.norm or 0.0,
         )
-        for island, item in accepted.items()
+        for item in taken
     )
-    ledger = state.ledger
+    ledger, plans = state.ledger, state.plans
     if closing:
-        for item in accepted.values():
-            ledger = ledger.settle(item.lease.id, "committed")
-        for plan in state.plans.values():
+        spent = {item.lease.id for item in taken}
+        for lease_id in sorted(spent):
+            ledger = ledger.settle(lease_id, "committed")
+        if state.rules.in_step:
+            ledger = _expire(state, ledger, version)
+        else:
+            plans = {name: tuple(p for p in mine if p.lease_id not in spent) for name, mine in plans.items()}
+    quorum_s = max(item.accepted_s for item in taken) - min(item.accepted_s for item in taken)
+    state = replace(
+        state,
+        ledger=ledger,
+        plans=plans,
+        stepping={**state.stepping, fragment: keys},
+        pace=state.pace.launched(fragment, now_s, quorum_s),
+    )
+    return state, TakeOuterStep(fragment, _rounds_after(state), version, shares, ledger.account(), reason)
+
+
+def _expire(state: RunState, ledger: DataLedger, round: int) -> DataLedger:
+    """What is still leased for this round, or an earlier one, comes too late."""
+    for plan in _plans(state):
+        if plan.round <= round:
             ledger = ledger.settle(plan.lease_id, "expired")
-    state = replace(state, ledger=ledger, stepping=state.stepping | {fragment})
-    return state, TakeOuterStep(fragment, state.round, version, shares, ledger.account(), reason)
+    return ledger
+
+
+def _weight(state: RunState, item: Accepted) -> float:
+    """Of the ledger's word, never the island's. tokens^2 / steps is Decoupled DiLoCo's (arXiv 2604.21428)."""
+    lease = item.lease
+    match state.rules.weighting:
+        case "uniform":
+            return 1.0
+        case "tokens":
+            return float(lease.num_tokens)
+        case "tokens_squared_per_step":
+            return float(lease.num_tokens) * (lease.num_tokens / item.inner_steps)
+        case "examples":
+            return float(state.ledger.num_sequences)
+
+
+def _rounds_after(state: RunState) -> int:
+    """Rounds that are whole once the steps under way are committed.
+
+    Where islands do not go in step a round is counted by its tokens: as many as all islands take in H inner steps.
+    """
+    if state.rules.in_step:
+        return min(version + (p in state.stepping) for p, version in enumerate(state.versions))
+    per_round = state.rules.max_islands * state.rules.sequences_per_round * state.ledger.tokens_per_sequence
+    return state.ledger.account()["committed"] // per_round
+
+
+# ---- what a committed step changes ----
 
 
 def committed(state: RunState, event: Committed) -> Step:
     fragment, base = event.fragment, event.version - 1
     if fragment not in state.stepping or base != state.versions[fragment]:
         return state, []
-    contributed = state.accepted(fragment)
-    digests = {(fragment, base, name): item.contribution.payload_sha256 for name, item in contributed.items()}
+    keys = state.stepping[fragment]
+    taken = [state.inbox[key] for key in keys]
     members = dict(state.members)
-    for name in contributed:
+    for _, _, name in keys:
         members[name] = replace(members[name], strikes=0)
+    norms = (*state.norms.get(fragment, ()), *(item.norm or 0.0 for item in taken))[-NORM_HISTORY:]
     state = replace(
         state,
         index=event.index,
         versions=with_version(state.versions, fragment, event.version),
         members=members,
-        settled={**of_other_fragments(state.settled, fragment), **digests},
-        stepping=state.stepping - {fragment},
-        inbox={key: item for key, item in state.inbox.items() if key[:2] != (fragment, base)},
-        norms=(*state.norms, *(item.norm or 0.0 for item in contributed.values()))[-NORM_HISTORY:],
+        settled={
+            **state.settled,
+            **{(p, name): (round, state.inbox[p, round, name].contribution.payload_sha256) for p, round, name in keys},
+        },
+        stepping=without(state.stepping, fragment),
+        inbox={
+            key: item
+            for key, item in state.inbox.items()
+            if key not in keys and not (state.rules.in_step and key[0] == fragment and key[1] <= base)
+        },
+        norms={**state.norms, fragment: norms},
+        pace=state.pace.committed(fragment, event.now_s),
     )
-    if min(state.versions) == state.round:
-        return state, []
-    return _close_round(state, len(contributed))
+    done = _rounds_after(state) if fragment == state.closing_fragment else state.round
+    return _close_round(state, done, len({key[2] for key in keys})) if done > state.round else (state, [])
 
 
-def _close_round(state: RunState, applied: int) -> Step:
-    done, rules = state.round + 1, state.rules
-    last = done >= rules.num_rounds
+def _close_round(state: RunState, done: int, applied: int) -> Step:
+    rules = state.rules
+    done = min(done, rules.num_rounds)
+    last = done == rules.num_rounds
     close = CloseRound(
         round=done,
         index=state.index,
         alive=len(state.alive),
         contributed=len(state.offered),
         applied=applied,
-        snapshot=last or done % rules.snapshot_every_rounds == 0,
+        snapshot=last or done // rules.snapshot_every_rounds > state.round // rules.snapshot_every_rounds,
     )
-    ledger = state.ledger
-    for plan in state.plans.values():  # only those given out after the closing fragment was
-        ledger = ledger.settle(plan.lease_id, "expired")
-    state = replace(state, ledger=ledger, round=done, plans={}, offered=frozenset())
+    ledger, plans = state.ledger, state.plans
+    if rules.in_step:
+        ledger = _expire(state, ledger, done - 1)  # those given out after the closing fragment was
+        plans = {name: tuple(plan for plan in mine if plan.round >= done) for name, mine in plans.items()}
+    state = replace(state, ledger=ledger, round=done, plans=plans, offered=frozenset())
     if not last:
         return state, [close]
     reason = f"{done} rounds done"
     return replace(state, phase="succeeded", reason=reason), [close, End("succeeded", reason)]
-
-
-def watch_the_wait(state: RunState, now_s: float) -> Step:
-    """A run with too few islands says so, waits, and fails when the wait has run out (invariant I11)."""
-    if ended(state):
-        return state, []
-    rules, num_alive = state.rules, len(state.alive)
-    if num_alive >= rules.min_islands or state.stepping:
-        back = state.phase == "waiting" and num_alive >= rules.min_islands
-        expected = membership.names(state.members, "expected")
-        reason = f"waiting for {', '.join(expected)} to join" if expected else ""
-        state = replace(state, waiting_since_s=None, phase="training" if back else state.phase, reason=reason)
-        return state, [Note(f"{num_alive} islands alive again")] if back else []
-    if state.waiting_since_s is None:
-        reason = (
-            f"{num_alive} of at least {rules.min_islands} islands alive; waiting up to {rules.waiting_timeout_s:g} s"
-        )
-        if state.phase == "gathering":
-            return replace(state, waiting_since_s=now_s, reason=reason), []
-        return replace(state, waiting_since_s=now_s, phase="waiting", reason=reason), [Note(reason)]
-    if now_s - state.waiting_since_s > rules.waiting_timeout_s:
-        gone = [membership.whereabouts(m) for m in state.members.values() if m.standing != "alive"]
-        reason = f"{num_alive} of at least {rules.min_islands} islands alive after {rules.waiting_timeout_s:g} s"
-        reason += f"; missing: {', '.join(gone) or 'none ever joined'}"
-        return replace(state, phase="failed", reason=reason), [End("failed", reason)]
-    return state, []

@@ -4,6 +4,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Closes = Literal["all", "quorum", "arrival"]
+Weighting = Literal["uniform", "tokens", "tokens_squared_per_step", "examples"]
+
 
 class SyncSettings(BaseModel):
     """Exchange and patience. Codec defaults: int8 both ways, within 0.1 % of float32 (docs/results)."""

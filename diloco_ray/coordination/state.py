@@ -7,13 +7,15 @@ from typing import Literal, TypeVar
 from diloco_ray.coordination.data_ledger import DataLedger, Lease
 from diloco_ray.coordination.membership import Member, Members, names
 from diloco_ray.coordination.messages import Contribution, InnerPlan
+from diloco_ray.coordination.pace import Pace
+from diloco_ray.coordination.settings import Closes, Weighting
 
 Phase = Literal["gathering", "training", "waiting", "succeeded", "failed"]
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the decisions depend on and what never changes while a coordinator lives."""
+    """What the decisions depend on and what never changes while a coordinator lives. See `SyncSettings`."""
 
     run_id: str
     num_rounds: int
@@ -28,9 +30,32 @@ class Rules:
     grace_s: float
     heartbeat_timeout_s: float
     waiting_timeout_s: float
-    weighting: Literal["uniform", "tokens"] = "uniform"
+    weighting: Weighting = "uniform"
+    closes: Closes = "all"
+    overlap: int = 0
+    grace_share: float = 0.9
+    launch_interval_s: float | None = None
+    max_staleness: int = 64
+    steps_by_speed: bool = False
+    drop_probability: float = 0.0
+    drop_seed: int = 0
+    islands_by_round: tuple[int, ...] = ()  # how many take part; empty: all that there are
     snapshot_every_rounds: int = 10
     max_norm_ratio: float = 100.0
+
+    @property
+    def in_step(self) -> bool:
+        """Whether islands go round by round together, so that a contribution is for one outer step and no other."""
+        return self.closes == "all"
+
+    @property
+    def sequences_per_round(self) -> int:
+        """Of one island."""
+        return self.inner_steps_per_round * self.sequences_per_inner_step
+
+    def islands_in(self, round: int) -> int:
+        """The most that may take part in this round."""
+        return self.islands_by_round[round] if round < len(self.islands_by_round) else self.max_islands
 
 
 @dataclass(frozen=True)
@@ -39,11 +64,12 @@ class Accepted:
 
     contribution: Contribution
     lease: Lease  # what its weight is taken from: the ledger, never the island's claim
+    inner_steps: int
     norm: float | None = None
     accepted_s: float = 0.0
 
 
-Key = tuple[int, int, str]  # fragment, base version, island
+Key = tuple[int, int, str]  # fragment, round, island
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -58,13 +84,16 @@ class RunState:
     round: int = 0  # rounds completed
     versions: tuple[int, ...] = (0,)  # per fragment
     members: Members = field(default_factory=dict[str, Member])
-    plans: Mapping[str, InnerPlan] = field(default_factory=dict[str, InnerPlan])  # of the open round, by island
+    plans: Mapping[str, tuple[InnerPlan, ...]] = field(default_factory=dict[str, tuple[InnerPlan, ...]])  # by island
+    num_plans: Mapping[str, int] = field(default_factory=dict[str, int])  # rounds of its own that an island was given
     inbox: Mapping[Key, Accepted] = field(default_factory=dict[Key, Accepted])
-    offered: frozenset[str] = frozenset()  # islands that sent a contribution in the open round, good or bad
-    stepping: frozenset[int] = frozenset()  # fragments whose outer step is being computed
-    settled: Mapping[Key, str] = field(default_factory=dict[Key, str])  # digests that the newest outer steps committed
+    offered: frozenset[str] = frozenset()  # islands that sent a contribution since the last round ended, good or bad
+    stepping: Mapping[int, tuple[Key, ...]] = field(default_factory=dict[int, tuple[Key, ...]])  # being computed
+    # What was last committed, by fragment and island: its round and digest.
+    settled: Mapping[tuple[int, str], tuple[int, str]] = field(default_factory=dict[tuple[int, str], tuple[int, str]])
     waiting_since_s: float | None = None
-    norms: tuple[float, ...] = ()  # of the newest committed contributions
+    norms: Mapping[int, tuple[float, ...]] = field(default_factory=dict[int, tuple[float, ...]])  # newest, by fragment
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def closing_fragment(self) -> int:
@@ -75,40 +104,40 @@ class RunState:
     def alive(self) -> tuple[str, ...]:
         return names(self.members, "alive")
 
-    def is_open(self, fragment: int) -> bool:
-        """Whether the open round still waits for the fragment's outer step to be taken."""
-        return self.versions[fragment] == self.round and fragment not in self.stepping
+    def is_whole(self, plan: InnerPlan) -> bool:
+        """Whether the contribution that closes the plan's lease is accepted."""
+        item = self.inbox.get((self.closing_fragment, plan.round, plan.island))
+        return item is not None and item.norm is not None and item.contribution.lease_id == plan.lease_id
 
-    def accepted(self, fragment: int) -> dict[str, Accepted]:
-        """Inspected contributions to the fragment's next outer step, in island order."""
-        version = self.versions[fragment]
+    def open_plans(self, island: str) -> tuple[InnerPlan, ...]:
+        return tuple(plan for plan in self.plans.get(island, ()) if not self.is_whole(plan))
+
+    def accepted(self, fragment: int) -> dict[Key, Accepted]:
+        """Inspected contributions that may enter the fragment's next outer step, in island order."""
         found = {
-            key[2]: item for key, item in self.inbox.items() if key[:2] == (fragment, version) and item.norm is not None
+            key: item
+            for key, item in self.inbox.items()
+            if key[0] == fragment
+            and item.norm is not None
+            and (not self.rules.in_step or key[1] == self.versions[fragment])
         }
-        return dict(sorted(found.items()))
-
-    def quorum_since_s(self, fragment: int) -> float | None:
-        """When the grace window of the fragment's next outer step began; None: it has not."""
-        times = sorted(item.accepted_s for item in self.accepted(fragment).values())
-        return times[self.rules.quorum - 1] if len(times) >= self.rules.quorum else None
+        return dict(sorted(found.items(), key=lambda item: (item[0][2], item[0][1])))
 
 
 def ended(state: RunState) -> bool:
     return state.phase in ("succeeded", "failed")
 
 
-def plan_for(state: RunState, island: str, incarnation: int) -> InnerPlan | None:
-    """The work this process should have in hand now; None means: wait."""
-    plan = state.plans.get(island)
-    return plan if plan and plan.incarnation == incarnation else None
+def plan_for(state: RunState, island: str, incarnation: int, held: str) -> InnerPlan | None:
+    """The work this process should have after the plan `held` (a lease id); None means: wait."""
+    plans = state.open_plans(island)
+    leases = [plan.lease_id for plan in plans]
+    following = plans[leases.index(held) + 1 :] if held in leases else plans
+    return following[0] if following and following[0].incarnation == incarnation else None
 
 
 def with_version(versions: tuple[int, ...], fragment: int, version: int) -> tuple[int, ...]:
     return tuple(version if p == fragment else v for p, v in enumerate(versions))
-
-
-def of_other_fragments(settled: Mapping[Key, str], fragment: int) -> dict[Key, str]:
-    return {key: digest for key, digest in settled.items() if key[0] != fragment}
 
 
 def without(mapping: Mapping[K, V], *keys: K) -> dict[K, V]:

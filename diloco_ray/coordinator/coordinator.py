@@ -9,12 +9,9 @@ commit fails, this coordinator's replica is ahead of the log and nobody has seen
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, assert_never
-
-import numpy as np
 
 from diloco_ray.algorithm.codecs import get_codec
 from diloco_ray.algorithm.replica import Replica
@@ -43,27 +40,37 @@ from diloco_ray.coordination.messages import (
 from diloco_ray.coordination.recovery import expect, recover
 from diloco_ray.coordination.reducer import reduce
 from diloco_ray.coordination.state import RunState, ended, plan_for
+from diloco_ray.coordinator.feed import Feed
 from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.coordinator.payloads import Payload
 from diloco_ray.coordinator.report import Report
-from diloco_ray.errors import CorruptionError, DiLoCoError, StoreError
+from diloco_ray.errors import DiLoCoError, StoreError
 from diloco_ray.ids import sha256_hex
 from diloco_ray.log.record import Record
 from diloco_ray.log.run_log import RunLog, check_fence, take_fence
 from diloco_ray.log.run_store import RunStore
-from diloco_ray.log.snapshot import list_snapshots, load_snapshot, prune_snapshots, restore, save_snapshot
+from diloco_ray.log.snapshot import prune_snapshots, restore, save_snapshot
 from diloco_ray.observe.events import of_kind
 from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
 
 Job = Callable[[], Event | None]
-RECENT_BYTES = 512 * 1024**2  # payloads kept for followers; older ones are read from the store
+MAX_VERDICTS = 1000  # answers kept for those who have not yet asked; one that is lost is given again
 
 
 class Coordinator:
     """One coordinator life. Taking the fence makes it the only writer of the run."""
 
-    def __init__(self, store: RunStore, job: CoordinatorJob, *, later: Callable[[Job], None], holder: str, pid: int):
-        self._store, self._job, self._later = store, job, later
+    def __init__(
+        self,
+        store: RunStore,
+        job: CoordinatorJob,
+        *,
+        later: Callable[[Job], None],
+        holder: str,
+        pid: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._store, self._job, self._later, self._now_s = store, job, later, clock
         self._uplink = get_codec(job.rules.uplink)
         self.error: DiLoCoError | None = None  # what ended this life
         self.fence_epoch = take_fence(store, job.rules.run_id, holder)
@@ -75,9 +82,9 @@ class Coordinator:
         self._payloads: dict[tuple[Any, str], Payload] = {}
         self._verdicts: dict[tuple[Any, str], Verdict] = {}
         self._computed: dict[int, tuple[Record, Bytes, str]] = {}  # committed, not yet announced
-        self._recent: deque[tuple[Record, Bytes]] = deque()
+        self._feed = Feed(self._log, self._new_replica)
         self.state = self._first_state()
-        self.report = Report(store, self.fence_epoch, pid, job.layout.num_values)
+        self.report = Report(store, self.fence_epoch, pid, job.layout.num_values, clock)
         self.report.started(self.state)
 
     def _new_replica(self) -> Replica:
@@ -92,10 +99,6 @@ class Coordinator:
             return state
         expected = [share.island for share in records[-1].shares] if records else job.expected
         return expect(state, expected, now_s=self._now_s(), within_s=job.join_timeout_s)
-
-    @staticmethod
-    def _now_s() -> float:
-        return time.monotonic()
 
     # ---- doors: what followers call ----
 
@@ -129,53 +132,20 @@ class Coordinator:
     def verdict_on(self, contribution: Contribution) -> Verdict:
         return self._verdicts.get((contribution.key, contribution.payload_sha256), Verdict("pending"))
 
-    def news(self, island: str, incarnation: int, after: int, done: str) -> News | None:
-        """None: nothing new past `after` and no plan other than `done`. Observers follow with an empty name."""
+    def news(self, island: str, incarnation: int, after: int, held: str) -> News | None:
+        """None: nothing new past `after` and no plan that follows `held`. Observers follow with an empty name."""
         if ended(self.state):
-            records = self._records_after(after)
+            records = self._feed.records_after(after, self.state.index)
             return News("ok", records) if records else News("over", reason=self.state.reason)
         if island and not is_current(self.state.members, island, incarnation):
             back = may_return(self.state.members, island, incarnation)
             return News("rejoin" if back else "fenced", reason=f"{island} is held by another process")
-        plan = plan_for(self.state, island, incarnation)
-        plan = None if plan is None or plan.lease_id == done else plan
-        records = self._records_after(after)
+        plan = plan_for(self.state, island, incarnation, held)
+        records = self._feed.records_after(after, self.state.index)
         return News("ok", records, plan) if records or plan else None
 
-    def _records_after(self, after: int) -> tuple[tuple[Record, Bytes], ...]:
-        if after >= self.state.index:
-            return ()
-        recent = tuple(item for item in self._recent if item[0].index > after)
-        if recent and recent[0][0].index == after + 1:
-            return recent
-        record = self._log.records[after + 1]  # a late follower gets one old record at a time
-        return ((record, np.frombuffer(self._log.payload(record), np.uint8)),)
-
-    def _keep(self, record: Record, payload: Bytes) -> None:
-        self._recent.append((record, payload))
-        num_bytes = sum(kept.size for _, kept in self._recent)
-        while num_bytes > RECENT_BYTES and len(self._recent) > 1:
-            num_bytes -= self._recent.popleft()[1].size
-
     def snapshot(self) -> SnapshotState:
-        """The newest usable snapshot, read from the store: joiners need nobody's live memory."""
-        replica = self._new_replica()
-        index = self._load_newest(replica)
-        fragments = [fragment.index for fragment in replica.layout.fragments]
-        return SnapshotState(
-            index,
-            tuple(replica.versions),
-            tuple(replica.parameters(p).numpy() for p in fragments),
-            tuple(tuple(buffer.numpy() for buffer in replica.buffers(p)) for p in fragments),
-        )
-
-    def _load_newest(self, replica: Replica) -> int:
-        records = self._log.records
-        for index in reversed([index for index in list_snapshots(self._store) if index < len(records)]):
-            with contextlib.suppress(CorruptionError, StoreError):  # damaged, or pruned while it was read
-                if load_snapshot(self._store, index, replica) == records[index].digest():
-                    return index
-        raise CorruptionError("no snapshot is usable", where=self._store.url_of("snapshots"))
+        return self._feed.snapshot()
 
     def leave(self, island: str, incarnation: int, reason: str) -> None:
         self.receive(Left(self._now_s(), island, incarnation, reason))
@@ -210,7 +180,7 @@ class Coordinator:
             return
         if isinstance(event, Committed):
             record, payload, reason = self._computed.pop(event.index)
-            self._keep(record, payload)
+            self._feed.keep(record, payload)
             self.report.committed(record, reason, len(self.state.alive), payload.size)
         self.state, commands = reduce(self.state, event)
         self.report.observe(self.state)
@@ -227,7 +197,7 @@ class Coordinator:
             case Answer(contribution, verdict):
                 self._verdicts[contribution.key, contribution.payload_sha256] = verdict
                 if verdict.status == "accepted":
-                    self.report.accepted(contribution)
+                    self.report.accepted(contribution, contribution.fragment == self.state.closing_fragment)
             case TakeOuterStep():
                 self._later(lambda: self._take_outer_step(command))
             case CloseRound():
@@ -246,8 +216,8 @@ class Coordinator:
     def _drop_payloads(self) -> None:
         held = {(key, item.contribution.payload_sha256) for key, item in self.state.inbox.items()}
         self._payloads = {name: payload for name, payload in self._payloads.items() if name in held}
-        oldest = min(self.state.versions) - 1
-        self._verdicts = {name: verdict for name, verdict in self._verdicts.items() if name[0][1] >= oldest}
+        names = list(self._verdicts)[-MAX_VERDICTS:]
+        self._verdicts = {name: self._verdicts[name] for name in names}
 
     # ---- jobs: run by `later`, one after the other; the only users of replica and log ----
 
@@ -257,7 +227,7 @@ class Coordinator:
         return Inspected(self._now_s(), contribution, norm, problem)
 
     def _take_outer_step(self, step: TakeOuterStep) -> Committed:
-        keys = [((step.fragment, step.base_version, share.island), share.payload_sha256) for share in step.shares]
+        keys = [((step.fragment, share.round, share.island), share.payload_sha256) for share in step.shares]
         payloads = [self._payloads[key].tensor for key in keys]
         weights = [share.weight for share in step.shares]
         combined, digest = self._replica.outer_step(step.fragment, payloads, weights, self._uplink)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,12 +21,21 @@ SUMMED = ("inner_seconds", "sync_wait_seconds", "tokens")
 class Report:
     """Sums since the last round, and the run's events. Knows numbers, decides nothing."""
 
-    def __init__(self, store: RunStore, fence_epoch: int, pid: int, num_values: int):
+    def __init__(
+        self,
+        store: RunStore,
+        fence_epoch: int,
+        pid: int,
+        num_values: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._now_s = clock
         self._log = EventLog(store, fence_epoch)
         self._fence_epoch, self._pid, self._num_values = fence_epoch, pid, num_values
         self.statistics = statistics_of(self.events)
         self._round_began_s: float | None = None
-        self._metrics: dict[str, Mapping[str, float]] = {}  # of the open round, by island
+        self._has_seen_a_round = False
+        self._metrics: list[tuple[str, Mapping[str, float]]] = []  # since the last round, with their islands
         self._bytes_up = self._bytes_down = self._tokens = 0
         self._last_round: Mapping[str, Any] = {"alive": 0, "contributed": 0, "applied": 0}
         self._tokens_per_s: dict[str, float] = {}
@@ -52,16 +61,18 @@ class Report:
 
     def observe(self, state: RunState) -> None:
         if self._round_began_s is None and state.plans:
-            self._round_began_s = time.monotonic()
+            self._round_began_s = self._now_s()
 
     def note(self, text: str) -> None:
         self._log.add("decision", text=text)
 
-    def accepted(self, c: Contribution) -> None:
-        sums = {name: _number(c.metrics.get(name, 0.0)) for name in SUMMED}
-        means = {name: c.metrics.get(name, math.nan) for name in AVERAGED}
-        self._metrics[c.island] = {**sums, **means}
+    def accepted(self, c: Contribution, closes: bool) -> None:
+        """The contribution that closes a lease tells of all the steps that the island took on it."""
         self._bytes_up += c.payload_bytes
+        if closes:
+            sums = {name: _number(c.metrics.get(name, 0.0)) for name in SUMMED}
+            means = {name: c.metrics.get(name, math.nan) for name in AVERAGED}
+            self._metrics.append((c.island, {**sums, **means}))
 
     def committed(self, record: Record, reason: str, num_followers: int, payload_bytes: int) -> None:
         """num_followers: islands that replay this record from the same bytes."""
@@ -72,13 +83,17 @@ class Report:
         )
 
     def round_closed(self, close: CloseRound, state: RunState) -> None:
-        now_s = time.monotonic()
-        metrics = list(self._metrics.values())
-        # A round that an earlier coordinator life began is longer than this life's clock says.
-        own_s = now_s - (self._round_began_s or now_s)
-        seconds = max([own_s, *(m["inner_seconds"] for m in metrics)])
+        now_s = self._now_s()
+        metrics = [m for _, m in self._metrics]
+        seconds = now_s - (self._round_began_s or now_s)
+        if (
+            not self._has_seen_a_round
+        ):  # one that an earlier coordinator life began is longer than this life's clock says
+            seconds = max([seconds, *(m["inner_seconds"] for m in metrics)])
+            self._has_seen_a_round = True
         # One worker alone has nobody to exchange gradients with.
-        steps = state.rules.inner_steps_per_round * close.applied if close.applied > 1 else 0
+        tokens_per_step = state.rules.sequences_per_inner_step * state.ledger.tokens_per_sequence
+        steps = self._tokens // tokens_per_step if state.rules.max_islands > 1 else 0
         event = {
             "round": close.round,
             "outer_step": close.index,
@@ -100,9 +115,9 @@ class Report:
         self._log.add("round", **event)
         self.statistics.add_round(event)
         self._last_round = event
-        for island, m in self._metrics.items():
+        for island, m in self._metrics:
             self._tokens_per_s[island] = m["tokens"] / max(m["inner_seconds"], 1e-9)
-        self._metrics, self._bytes_up, self._bytes_down, self._tokens = {}, 0, 0, 0
+        self._metrics, self._bytes_up, self._bytes_down, self._tokens = [], 0, 0, 0
         self._round_began_s = now_s
 
     def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None:
@@ -139,7 +154,7 @@ class Report:
                     "step": int(member.progress.get("step", 0)),
                     "steps": int(member.progress.get("steps", state.rules.inner_steps_per_round)),
                     "tokens_per_s": self._tokens_per_s.get(member.name, 0.0),
-                    "last_seen_s": time.monotonic() - member.last_seen_s if member.last_seen_s else None,
+                    "last_seen_s": self._now_s() - member.last_seen_s if member.last_seen_s else None,
                 }
                 for member in state.members.values()
             ],

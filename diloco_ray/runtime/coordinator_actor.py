@@ -60,10 +60,10 @@ class CoordinatorActor:
             verdict = self._coordinator.verdict_on(contribution)
         return Verdict("unknown") if verdict.status == "pending" else verdict
 
-    async def follow(self, island: str, incarnation: int, after: int, wait_s: float, done: str) -> News:
+    async def follow(self, island: str, incarnation: int, after: int, wait_s: float, held: str) -> News:
         until = asyncio.get_running_loop().time() + wait_s
         while True:
-            news = self._coordinator.news(island, incarnation, after, done)
+            news = self._coordinator.news(island, incarnation, after, held)
             left_s = until - asyncio.get_running_loop().time()
             if news or left_s <= 0:
                 return news or News("ok")

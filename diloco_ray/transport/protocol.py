@@ -18,14 +18,14 @@ Bytes = np.ndarray  # (num_bytes,) uint8
 
 @dataclass(frozen=True)
 class Hello:
-    """A process asks for an island's name. `held` is work in hand from before a coordinator restart."""
+    """A process asks for an island's name. `held` is work in hand, oldest first, from before a coordinator restart."""
 
     island: str
     process: str
     pid: int
     node: str
     incarnation: int = 0
-    held: InnerPlan | None = None
+    held: tuple[InnerPlan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Transport(Protocol):
         """Never answers `pending`."""
         ...
 
-    def follow(self, island: str, incarnation: int, after: int, wait_s: float, done: str = "") -> News:
-        """Waits up to wait_s for a record past `after` or for a plan other than `done`. An observer's name is ""."""
+    def follow(self, island: str, incarnation: int, after: int, wait_s: float, held: str = "") -> News:
+        """Waits up to wait_s for a record past `after` or a plan after `held`, a lease id. An observer's name is ""."""
         ...
 
     def snapshot(self) -> SnapshotState: ...

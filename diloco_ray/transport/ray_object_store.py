@@ -35,8 +35,8 @@ class RayTransport:
     def submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
         return self._call("submit", contribution, payload)
 
-    def follow(self, island: str, incarnation: int, after: int, wait_s: float, done: str = "") -> News:
-        return self._call("follow", island, incarnation, after, wait_s, done, wait_s=wait_s)
+    def follow(self, island: str, incarnation: int, after: int, wait_s: float, held: str = "") -> News:
+        return self._call("follow", island, incarnation, after, wait_s, held, wait_s=wait_s)
 
     def snapshot(self) -> SnapshotState:
         return self._call("snapshot")

@@ -1,0 +1,168 @@
+"""Plans: who gets which work, and how long too few islands are waited for.
+
+Leases are given in island order, so that the same members get the same data again.
+"""
+
+import hashlib
+from dataclasses import replace
+
+from diloco_ray.coordination import membership
+from diloco_ray.coordination.messages import Command, End, InnerPlan, Note
+from diloco_ray.coordination.state import Rules, RunState, ended
+from diloco_ray.ids import island_name
+
+Step = tuple[RunState, list[Command]]
+
+
+def hand_out_work(state: RunState, now_s: float) -> Step:
+    """Gives work to the idle, and where communication overlaps with training, the next work to those at work."""
+    if ended(state) or membership.names(state.members, "expected"):
+        return state, []
+    if state.rules.in_step:
+        state, commands = _open_round(state, now_s)
+    else:
+        state, commands = _go_on(state)
+    return _look_ahead(state), commands
+
+
+def _open_round(state: RunState, now_s: float) -> Step:
+    """All of the idle when no round is open, joiners only where the open round lacks islands.
+
+    A joiner that has waited long enough for the open round to close gets work as well: who is at work may be hung.
+    """
+    rules = state.rules
+    able = state.alive[: rules.islands_in(state.round)]
+    idle = [name for name in able if not state.plans.get(name)]
+    taking_part = set(able) - set(idle) | {key[2] for key in state.accepted(state.closing_fragment)}
+    if not taking_part and len(able) < _least(state):
+        return state, []
+    short = len(taking_part) < _least(state)
+    if state.phase != "gathering" and taking_part and not short:
+        idle = [name for name in idle if now_s - state.members[name].joined_s > rules.waiting_timeout_s]
+    state = replace(state, phase="training") if state.phase == "gathering" else state
+    if not idle:
+        return state, []
+    return issue_plans(state, idle), [Note(f"round {state.round + 1}: {', '.join(idle)} at work")]
+
+
+def _least(state: RunState) -> int:
+    return min(state.rules.min_islands, state.rules.islands_in(state.round))
+
+
+def _go_on(state: RunState) -> Step:
+    """Islands that do not wait for each other have work as soon as they are idle."""
+    if state.phase == "gathering" and len(state.alive) < state.rules.min_islands:
+        return state, []
+    state = replace(state, phase="training") if state.phase == "gathering" else state
+    idle = [name for name in state.alive if not state.open_plans(name)]
+    return issue_plans(state, idle), []
+
+
+def _look_ahead(state: RunState) -> RunState:
+    if not state.rules.overlap:
+        return state
+    with_one = [name for name in state.alive if len(state.open_plans(name)) == 1]
+    if state.rules.in_step:
+        able = state.alive[: state.rules.islands_in(state.round + 1)]
+        with_one = [name for name in with_one if name in able and _next_round(state, name) == state.round + 1]
+    return issue_plans(state, with_one)
+
+
+def issue_plans(state: RunState, islands: list[str]) -> RunState:
+    """One more plan for each of these, unless the run has no more rounds for it.
+
+    Those whose own data came back are served first, or others would be given it.
+    """
+    holders = {holder for _, holder in state.ledger.returned}
+    for island in sorted(islands, key=lambda island: (island not in holders, island)):
+        first = _next_round(state, island)
+        if not state.rules.in_step or first < state.rules.num_rounds:
+            state = _issue(state, island, first)
+    return state
+
+
+def _next_round(state: RunState, island: str) -> int:
+    if not state.rules.in_step:
+        return state.num_plans.get(island, 0)
+    plans = state.plans.get(island, ())
+    return plans[-1].round + 1 if plans else state.round
+
+
+def _issue(state: RunState, island: str, first: int) -> RunState:
+    rules = state.rules
+    round = first
+    while round + 1 < rules.num_rounds and is_dropped(rules, island, round):
+        round += 1
+    steps = rules.inner_steps_per_round
+    if rules.steps_by_speed:
+        steps = state.pace.inner_steps(island, steps)
+    silent = (round - first) * steps
+    num_sequences = (silent + steps) * rules.sequences_per_inner_step
+    begun = _steps_taken(state) if not rules.in_step else first * rules.inner_steps_per_round
+    ledger, lease = state.ledger.lease(island, num_sequences)
+    plan = InnerPlan(
+        island=island,
+        incarnation=state.members[island].incarnation,
+        lease_id=lease.id,
+        round=round,
+        base_index=state.index,
+        inner_steps=silent + steps,
+        silent_steps=silent,
+        first_inner_step=begun,
+        num_islands=len(state.alive),
+        ranges=lease.ranges,
+    )
+    plans = {**state.plans, island: (*state.plans.get(island, ()), plan)}
+    return replace(state, ledger=ledger, plans=plans, num_plans={**state.num_plans, island: round + 1})
+
+
+def _steps_taken(state: RunState) -> int:
+    """Inner steps that an island has taken on average, those leased included: what the schedule runs on."""
+    account = state.ledger.account()
+    num_sequences = (account["committed"] + account["outstanding"]) // state.ledger.tokens_per_sequence
+    return num_sequences // (state.rules.max_islands * state.rules.sequences_per_inner_step)
+
+
+def is_dropped(rules: Rules, island: str, round: int) -> bool:
+    """The experiment of DiLoCo (arXiv 2311.08105, "Asynchronous communication"): a contribution is lost by chance.
+
+    Drawn from the seed. Where chance takes all of a round, the one with the best luck is kept.
+    """
+    if not rules.drop_probability:
+        return False
+    luck = {name: _luck(rules.drop_seed, name, round) for name in map(island_name, range(rules.max_islands))}
+    mine = luck.get(island, 1.0)
+    return mine < rules.drop_probability and mine < max(luck.values())
+
+
+def _luck(seed: int, island: str, round: int) -> float:
+    return int.from_bytes(hashlib.sha256(f"{seed}/drop/{island}/{round}".encode()).digest()[:6], "little") / 2**48
+
+
+# ---- too few islands ----
+
+
+def watch_the_wait(state: RunState, now_s: float) -> Step:
+    """A run with too few islands says so, waits, and fails when the wait has run out (invariant I11)."""
+    if ended(state):
+        return state, []
+    rules, num_alive = state.rules, len(state.alive)
+    if num_alive >= rules.min_islands or state.stepping:
+        back = state.phase == "waiting" and num_alive >= rules.min_islands
+        expected = membership.names(state.members, "expected")
+        reason = f"waiting for {', '.join(expected)} to join" if expected else ""
+        state = replace(state, waiting_since_s=None, phase="training" if back else state.phase, reason=reason)
+        return state, [Note(f"{num_alive} islands alive again")] if back else []
+    if state.waiting_since_s is None:
+        reason = (
+            f"{num_alive} of at least {rules.min_islands} islands alive; waiting up to {rules.waiting_timeout_s:g} s"
+        )
+        if state.phase == "gathering":
+            return replace(state, waiting_since_s=now_s, reason=reason), []
+        return replace(state, waiting_since_s=now_s, phase="waiting", reason=reason), [Note(reason)]
+    if now_s - state.waiting_since_s > rules.waiting_timeout_s:
+        gone = [membership.whereabouts(m) for m in state.members.values() if m.standing != "alive"]
+        reason = f"{num_alive} of at least {rules.min_islands} islands alive after {rules.waiting_timeout_s:g} s"
+        reason += f"; missing: {', '.join(gone) or 'none ever joined'}"
+        return replace(state, phase="failed", reason=reason), [End("failed", reason)]
+    return state, []

@@ -1,0 +1,60 @@
+"""What followers of the log are sent: the newest records with their payloads, and the newest usable snapshot."""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from diloco_ray.algorithm.replica import Replica
+from diloco_ray.errors import CorruptionError, StoreError
+from diloco_ray.log.record import Record
+from diloco_ray.log.run_log import RunLog
+from diloco_ray.log.snapshot import list_snapshots, load_snapshot
+from diloco_ray.transport.protocol import Bytes, SnapshotState
+
+RECENT_BYTES = 512 * 1024**2  # payloads kept in memory; older ones are read from the store
+
+
+class Feed:
+    """new_replica: an empty one, for a snapshot to be read into."""
+
+    def __init__(self, log: RunLog, new_replica: Callable[[], Replica]):
+        self._log, self._new_replica = log, new_replica
+        self._recent: deque[tuple[Record, Bytes]] = deque()
+
+    def keep(self, record: Record, payload: Bytes) -> None:
+        self._recent.append((record, payload))
+        num_bytes = sum(kept.size for _, kept in self._recent)
+        while num_bytes > RECENT_BYTES and len(self._recent) > 1:
+            num_bytes -= self._recent.popleft()[1].size
+
+    def records_after(self, after: int, newest: int) -> tuple[tuple[Record, Bytes], ...]:
+        """Records after + 1 .. newest, or the first of them: a late follower gets one old record at a time."""
+        if after >= newest:
+            return ()
+        recent = tuple(item for item in self._recent if item[0].index > after)
+        if recent and recent[0][0].index == after + 1:
+            return recent
+        record = self._log.records[after + 1]
+        return ((record, np.frombuffer(self._log.payload(record), np.uint8)),)
+
+    def snapshot(self) -> SnapshotState:
+        """The newest usable snapshot, read from the store: joiners need nobody's live memory."""
+        replica = self._new_replica()
+        index = self._load_newest(replica)
+        fragments = [fragment.index for fragment in replica.layout.fragments]
+        return SnapshotState(
+            index,
+            tuple(replica.versions),
+            tuple(replica.parameters(p).numpy() for p in fragments),
+            tuple(tuple(buffer.numpy() for buffer in replica.buffers(p)) for p in fragments),
+        )
+
+    def _load_newest(self, replica: Replica) -> int:
+        store, records = self._log.store, self._log.records
+        for index in reversed([index for index in list_snapshots(store) if index < len(records)]):
+            with contextlib.suppress(CorruptionError, StoreError):  # damaged, or pruned while it was read
+                if load_snapshot(store, index, replica) == records[index].digest():
+                    return index
+        raise CorruptionError("no snapshot is usable", where=store.url_of("snapshots"))
