@@ -102,6 +102,8 @@ def test_the_number_of_threads_changes_no_bit(optimizer: OuterOptimizer, codec: 
         ("int8", Nesterov(0.7, 0.9), "4aab21c498561e1585f634383ab4cf49", "cd973cd05c6e8a2233b60496946177b8"),
         ("int4", Nesterov(0.7, 0.9), "c10114d1f955259db8b817f7c2794c96", "840acd218daac357f7d18ced620b1c12"),
         ("int4", Adam(0.1), "7e779d62d6d67cfa4e462b1afe1ad525", "d4d4a4ed8ae4f660ff4556a2196e9117"),
+        ("e3m0", Nesterov(0.7, 0.9), "644b062ab458df9b90477b58938d70cc", "50d94baea57d75276a10e176deacb0b5"),
+        ("ternary", Nesterov(0.7, 0.9), "f7329e4b841dad18a225008b885c1fa0", "322411eb3ea9dbeea583e8e1b8796941"),
     ],
 )
 def test_every_machine_arrives_at_these_digests(codec: str, optimizer: OuterOptimizer, parameters: str, buffers: str):
