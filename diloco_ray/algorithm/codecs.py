@@ -162,7 +162,8 @@ def _pack_powers(ratios: Tensor, codes: Tensor) -> None:
     """
     halves = ratios.mul_(2.0**-14).view(torch.int32).bitwise_and_(_CLEAR_LOW_16_BITS).view(torch.float32).half()
     pairs = halves.view(torch.int16).add_(0x0200).view(torch.int32)
-    nibbles = (pairs >> 12).bitwise_and_(0x00080008).bitwise_or_((pairs >> 10).bitwise_and_(0x00070007))
+    nibbles = (pairs >> 12).bitwise_and_(0x00080008)
+    nibbles.bitwise_or_(pairs.bitwise_right_shift_(10).bitwise_and_(0x00070007))
     codes.copy_(nibbles.bitwise_or_(nibbles >> 12))
 
 

@@ -10,6 +10,7 @@ import torch
 
 from diloco_ray.algorithm import replica as replica_module
 from diloco_ray.algorithm.codecs import CODEC_NAMES, get_codec
+from diloco_ray.algorithm.combine import COMBINES, Combine, mean
 from diloco_ray.algorithm.fragments import Layout, partition
 from diloco_ray.algorithm.outer_gradient import encode_outer_gradient_
 from diloco_ray.algorithm.outer_optimizer import SGD, Adam, HeavyBall, Nesterov, OuterOptimizer
@@ -41,16 +42,16 @@ def contributions(replica: Replica, fragment: int, codec: str, num_islands: int)
     return payloads
 
 
-def train(replica: Replica, uplink: str = "int8", num_rounds: int = 3) -> list[tuple[int, torch.Tensor, StateDigest]]:
+def train(
+    replica: Replica, uplink: str = "int8", num_rounds: int = 3, combine: Combine = mean
+) -> list[tuple[int, torch.Tensor, StateDigest]]:
     """A small log: (fragment, payload, digest) of every outer step."""
-    return [
-        (
-            fragment,
-            *replica.outer_step(fragment, contributions(replica, fragment, uplink, 3), [1, 2, 3], get_codec(uplink)),
-        )
-        for _ in range(num_rounds)
-        for fragment in range(len(replica.layout.fragments))
-    ]
+    log: list[tuple[int, torch.Tensor, StateDigest]] = []
+    for _ in range(num_rounds):
+        for fragment in range(len(replica.layout.fragments)):
+            payloads = contributions(replica, fragment, uplink, 3)
+            log.append((fragment, *replica.outer_step(fragment, payloads, [1, 2, 3], get_codec(uplink), combine)))
+    return log
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
@@ -65,6 +66,15 @@ def test_applying_the_payload_of_an_outer_step_gives_the_same_bits(optimizer: Ou
         assert torch.equal(island.parameters(fragment), coordinator.parameters(fragment))
         for ours, theirs in zip(island.buffers(fragment), coordinator.buffers(fragment)):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_every_combine_is_replayed_from_its_payload_alone(combine: str):
+    coordinator, island = initialised(Nesterov(), "int8"), initialised(Nesterov(), "int8")
+    log = train(coordinator, combine=COMBINES[combine])
+    assert [island.apply(fragment, payload) for fragment, payload, _ in log] == [digest for _, _, digest in log]
+    if combine != "mean":
+        assert log[-1][2] != train(initialised(Nesterov(), "int8"))[-1][2]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
