@@ -65,6 +65,7 @@ class Coordinator:
     def __init__(self, store: RunStore, job: CoordinatorJob, *, later: Callable[[Job], None], holder: str, pid: int):
         self._store, self._job, self._later = store, job, later
         self._uplink = get_codec(job.rules.uplink)
+        self._combine = job.outer.combine_function
         self.error: DiLoCoError | None = None  # what ended this life
         self.fence_epoch = take_fence(store, job.rules.run_id, holder)
         self._log = RunLog.open(store)
@@ -260,7 +261,7 @@ class Coordinator:
         keys = [((step.fragment, step.base_version, share.island), share.payload_sha256) for share in step.shares]
         payloads = [self._payloads[key].tensor for key in keys]
         weights = [share.weight for share in step.shares]
-        combined, digest = self._replica.outer_step(step.fragment, payloads, weights, self._uplink)
+        combined, digest = self._replica.outer_step(step.fragment, payloads, weights, self._uplink, self._combine)
         parent, payload = self._log.tail, combined.numpy()
         payload_sha256 = sha256_hex(payload.data)
         record = Record(
