@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 from diloco_ray.algorithm.codecs import CHUNK_VALUES, CODEC_NAMES, Codec, get_codec
+from diloco_ray.algorithm.combine import COMBINES, Combine
 from diloco_ray.algorithm.fragments import partition
 from diloco_ray.algorithm.outer_gradient import encode_outer_gradient_, inspect_payload
 from diloco_ray.algorithm.outer_optimizer import Nesterov
@@ -30,18 +31,20 @@ def main() -> None:
     arguments.add_argument("--islands", type=int, default=8, help="k, contributions to one step")
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--codecs", nargs="+", choices=CODEC_NAMES, default=CODEC_NAMES, metavar="CODEC")
+    arguments.add_argument("--combine", choices=COMBINES, default="mean")
     arguments.add_argument("--threads", nargs="+", type=int, default=[1, torch.get_num_threads()])
     chosen = arguments.parse_args()
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
-    print(f"N = {chosen.values:,}, k = {chosen.islands}, chunks of {CHUNK_VALUES:,}, {chosen.repeats} repeats\n")
+    print(f"N = {chosen.values:,}, k = {chosen.islands}, chunks of {CHUNK_VALUES:,}")
+    print(f"{chosen.combine}, {chosen.repeats} repeats\n")
     for num_threads in chosen.threads:
         torch.set_num_threads(num_threads)
         print(f"{num_threads} thread(s)")
         for name in chosen.codecs:
-            print(_report(get_codec(name), chosen.values, chosen.islands, chosen.repeats))
+            print(_report(get_codec(name), chosen.values, chosen.islands, chosen.repeats, COMBINES[chosen.combine]))
 
 
-def _report(codec: Codec, num_values: int, num_islands: int, repeats: int) -> str:
+def _report(codec: Codec, num_values: int, num_islands: int, repeats: int, combine: Combine) -> str:
     replica = Replica(partition({"weights": (num_values,)}), Nesterov(), codec)
     base = torch.randn(num_values).mul_(0.02)
     island = torch.randn(num_values).mul_(1e-3).add_(base)
@@ -69,7 +72,7 @@ def _report(codec: Codec, num_values: int, num_islands: int, repeats: int) -> st
 
     acts: dict[str, Callable[[], object]] = {
         "floor": floor,
-        "step": lambda: replica.outer_step(0, payloads, weights, codec),
+        "step": lambda: replica.outer_step(0, payloads, weights, codec, combine),
         "apply": lambda: replica.apply(0, payloads[0]),
         "encode": encode,
         "decode": decode,

@@ -123,6 +123,9 @@ class RunConfig(BaseModel):
             name = getattr(self.sync, field)
             if name not in CODEC_NAMES:
                 raise ValueError(f"sync.{field}={name} is no codec; choose one of {', '.join(CODEC_NAMES)}")
+        if self.sync.weighting != "uniform" and not self.outer.uses_weights:
+            pair = f"sync.weighting={self.sync.weighting} with outer.combine={self.outer.combine}"
+            raise ValueError(f"{pair}: its values have no weights; choose sync.weighting=uniform or another combine")
         quorum = self.sync.quorum
         if quorum is not None and not least <= quorum <= most:
             raise ValueError(f"sync.quorum={quorum} lies outside islands={list(self.islands)}; choose one inside")

@@ -3,7 +3,8 @@
 Decoding is part of the definition of the global model: every replica decodes the same bytes to the same float32 bits.
 So decode_ uses only operations that IEEE 754 rounds correctly, one at a time: no fused multiply-add, no reduction.
 Block-wise absmax after Dettmers et al. (arXiv 2110.02861, section 2.1); that four bits are enough for outer gradients,
-if these are summed in float32, is Streaming DiLoCo's (arXiv 2501.18512). A codec does not know what the values mean.
+if these are summed in float32, is Streaming DiLoCo's (arXiv 2501.18512), whose format is e3m0. Two bits are not enough
+(arXiv 2604.21428): ternary is the negative control. A codec does not know what the values mean.
 
 A vector is written chunk by chunk, into one payload. For a block codec that payload is
 
@@ -31,6 +32,7 @@ CHUNK_VALUES = (
 _FLOAT16_MAX = 65504.0
 _SMALLEST_NORMAL = 2.0**-126
 _CLEAR_LOW_7_BITS = -(2**7)
+_CLEAR_LOW_16_BITS = -(2**16)
 
 
 class Codec(Protocol):
@@ -75,20 +77,21 @@ class FloatCodec:
 
 @dataclass(frozen=True)
 class BlockCodec:
-    """Integers c in [-q, q] and one float32 scale s for each block of 256 values; x is decoded as c s.
+    """Levels c in [-q, q] and one float32 scale s for each block of 256 values; x is decoded as c s.
 
-        s = max|x| / q,   low 7 bits of its mantissa cleared        c = round(x / s)
+        s = max|x| / q,   low 7 bits of its mantissa cleared        c = the level nearest to x / s
 
-    so that |x - c s| <= max|x| / 2q, up to the rounding of x / s. The cleared bits make c s exact in float32, hence
-    encoding what was decoded gives the same c and s. A block whose scale would not be a normal float32, that is
+    The levels are integers: all of them (int8, int4 and, with q = 1, ternary), so that |x - c s| <= max|x| / 2q, up to
+    the rounding of x / s; or 0 and the powers of two (e3m0). The cleared bits make c s exact in float32, hence encoding
+    what was decoded gives the same c and s. A block whose scale would not be a normal float32, that is
     max|x| < q 2^-126, is a block of zeros: s = 0.
     """
 
     name: str
-    largest_code: int  # q
+    largest_level: int  # q
     num_bytes_per_block: int
-    pack_: Callable[[Tensor, Tensor], None]  # (m,) float32 that are integers -> codes, uint8
-    unpack_: Callable[[Tensor, Tensor], None]  # codes, uint8 -> (m,) float32
+    pack_: Callable[[Tensor, Tensor], None]  # x / s, (m,) float32, is lost -> codes of the nearest levels, uint8
+    unpack_: Callable[[Tensor, Tensor], None]  # codes, uint8 -> levels, (m,) float32
 
     def num_bytes(self, num_values: int) -> int:
         return _num_blocks(num_values) * (4 + self.num_bytes_per_block)
@@ -99,11 +102,11 @@ class BlockCodec:
         blocks = (pad(values, (0, num_missing)) if num_missing else values).view(-1, BLOCK_VALUES)
         scratch = torch.abs(blocks)
         torch.amax(scratch, 1, out=scales)
-        scales.div_(self.largest_code).view(torch.int32).bitwise_and_(_CLEAR_LOW_7_BITS)
+        scales.div_(self.largest_level).view(torch.int32).bitwise_and_(_CLEAR_LOW_7_BITS)
         is_normal = scales >= _SMALLEST_NORMAL
         inverse = is_normal / scales.clamp(min=_SMALLEST_NORMAL)
         scales.mul_(is_normal)  # NaN stays NaN
-        torch.mul(blocks, inverse.unsqueeze(1), out=scratch).round_()
+        torch.mul(blocks, inverse.unsqueeze(1), out=scratch)
         self.pack_(scratch.view(-1), codes)
 
     def decode_(self, payload: Tensor, start: int, num_values: int, out: Tensor, factor: float = 1.0) -> None:
@@ -129,17 +132,17 @@ def _num_blocks(num_values: int) -> int:
     return -(-num_values // BLOCK_VALUES)
 
 
-def _pack_bytes(integers: Tensor, codes: Tensor) -> None:
-    codes.view(torch.int8).copy_(integers)
+def _pack_bytes(ratios: Tensor, codes: Tensor) -> None:
+    codes.view(torch.int8).copy_(ratios.round_())
 
 
 def _unpack_bytes(codes: Tensor, out: Tensor) -> None:
     out.copy_(codes.view(torch.int8))
 
 
-def _pack_nibbles(integers: Tensor, codes: Tensor) -> None:
+def _pack_nibbles(ratios: Tensor, codes: Tensor) -> None:
     """c + 8 in four bits, the even value in the low half of a byte: seen as 16 bits, 0x0h0l | 0x00h0 ends in hl."""
-    pairs = integers.to(torch.int8).add_(8).view(torch.int16)
+    pairs = ratios.round_().to(torch.int8).add_(8).view(torch.int16)
     codes.copy_(pairs.bitwise_or_(pairs >> 4))
 
 
@@ -150,6 +153,42 @@ def _unpack_nibbles(codes: Tensor, out: Tensor) -> None:
     out.copy_(pairs.view(torch.int8).sub_(8))
 
 
+def _pack_powers(ratios: Tensor, codes: Tensor) -> None:
+    """Sign and three bits k of exponent, for the levels 0 and 2^(k-1), k = 1..7; the even value in a byte's low half.
+
+    With the level 1 moved to 2^-14, the smallest normal float16, these are its sign and lowest exponent bits. Below it
+    float16 is linear, so half a mantissa added carries into k from half-way on, next to zero too; half-way itself goes
+    away from zero. Only eight bits of mantissa are kept before, so that the step to float16 does not round.
+    """
+    halves = ratios.mul_(2.0**-14).view(torch.int32).bitwise_and_(_CLEAR_LOW_16_BITS).view(torch.float32).half()
+    pairs = halves.view(torch.int16).add_(0x0200).view(torch.int32)
+    nibbles = (pairs >> 12).bitwise_and_(0x00080008)
+    nibbles.bitwise_or_(pairs.bitwise_right_shift_(10).bitwise_and_(0x00070007))
+    codes.copy_(nibbles.bitwise_or_(nibbles >> 12))
+
+
+def _unpack_powers(codes: Tensor, out: Tensor) -> None:
+    """The way back, two values in 32 bits: 0x000000hl -> 0x000h000l -> two float16."""
+    nibbles = codes.to(torch.int32)
+    nibbles.bitwise_or_(nibbles << 12).bitwise_and_(0x000F000F)
+    pairs = (nibbles & 0x00080008).bitwise_left_shift_(12).bitwise_or_(nibbles.bitwise_and_(0x00070007) << 10)
+    out.copy_(pairs.view(torch.float16)).mul_(2.0**14)
+
+
+def _pack_crumbs(ratios: Tensor, codes: Tensor) -> None:
+    """c + 1 in two bits, the first of four values in a byte's lowest: 0x0d0c0b0a ends, folded twice, in ddccbbaa."""
+    fours = ratios.round_().to(torch.int8).add_(1).view(torch.int32)
+    fours.bitwise_or_(fours >> 6)
+    codes.copy_(fours.bitwise_or_(fours >> 12))
+
+
+def _unpack_crumbs(codes: Tensor, out: Tensor) -> None:
+    fours = codes.to(torch.int32)
+    fours.bitwise_or_(fours << 12)
+    fours.bitwise_or_(fours << 6).bitwise_and_(0x03030303)
+    out.copy_(fours.view(torch.int8).sub_(1))
+
+
 _CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
@@ -158,6 +197,8 @@ _CODECS: dict[str, Codec] = {
         FloatCodec("float16", torch.float16),
         BlockCodec("int8", 127, BLOCK_VALUES, _pack_bytes, _unpack_bytes),
         BlockCodec("int4", 7, BLOCK_VALUES // 2, _pack_nibbles, _unpack_nibbles),
+        BlockCodec("e3m0", 64, BLOCK_VALUES // 2, _pack_powers, _unpack_powers),
+        BlockCodec("ternary", 1, BLOCK_VALUES // 4, _pack_crumbs, _unpack_crumbs),
     )
 }
 CODEC_NAMES: tuple[str, ...] = tuple(_CODECS)

@@ -7,7 +7,7 @@ bits, on any machine and with any number of threads, because every operation on 
 float32 one. A replica does not know files, records or who contributed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from diloco_ray.algorithm.codecs import CHUNK_VALUES, Codec
-from diloco_ray.algorithm.combine import weighted_mean_
+from diloco_ray.algorithm.combine import ChunkWriter, Combine, Contributions, mean
 from diloco_ray.algorithm.fragments import Layout
 from diloco_ray.algorithm.outer_optimizer import OuterOptimizer
 
@@ -85,7 +85,12 @@ class Replica:
         return self._step(fragment, payload)
 
     def outer_step(
-        self, fragment: int, payloads: Sequence[Tensor], weights: Sequence[float], uplink: Codec
+        self,
+        fragment: int,
+        payloads: Sequence[Tensor],
+        weights: Sequence[float],
+        uplink: Codec,
+        combine: Combine = mean,
     ) -> tuple[Tensor, StateDigest]:
         """The coordinator's step: combines the payloads, given in island order, and takes the step along the result.
 
@@ -96,10 +101,11 @@ class Replica:
         for payload in payloads:
             self._check_payload(fragment, payload, uplink)
         num_values = self._parameters[fragment].numel()
+        write_ = combine(Contributions(payloads, weights, uplink, num_values), self.layout.fragments[fragment])
         combined = torch.empty(self.downlink.num_bytes(num_values), dtype=torch.uint8)
 
         def combine_(start: int, g: Tensor, scratch: Tensor) -> None:
-            weighted_mean_(payloads, weights, uplink, start, num_values, g, scratch)
+            write_(start, g, scratch)
             self.downlink.encode_(g, combined, start, num_values)
 
         return combined, self._step(fragment, combined, combine_)
@@ -111,9 +117,7 @@ class Replica:
             optimizer.update(buffer.numpy().data)
         return StateDigest(xxhash.xxh3_128(self._parameters[fragment].numpy().data).hexdigest(), optimizer.hexdigest())
 
-    def _step(
-        self, fragment: int, payload: Tensor, combine_: Callable[[int, Tensor, Tensor], None] | None = None
-    ) -> StateDigest:
+    def _step(self, fragment: int, payload: Tensor, combine_: ChunkWriter | None = None) -> StateDigest:
         """One pass over chunks that stay in cache: write the payload if need be, decode, step, digest."""
         parameters, buffers = self._parameters[fragment], self._buffers[fragment]
         num_values, step = parameters.numel(), self.versions[fragment] + 1

@@ -16,7 +16,7 @@ class SyncSettings(BaseModel):
     uplink: str = Field("int8", description="codec of the islands' outer gradients")
     downlink: str = Field("int8", description="codec of the combined outer gradient, which is what the log keeps")
     fragments: int = Field(1, ge=1, description="parts of the model that take outer steps of their own")
-    weighting: Literal["uniform", "tokens"] = Field("uniform", description="weight of a contribution in the mean")
+    weighting: Literal["uniform", "tokens"] = Field("uniform", description="of a contribution when combined")
     quorum: int | None = Field(
         None, ge=1, description="contributions that start the grace window (default: islands' min)"
     )

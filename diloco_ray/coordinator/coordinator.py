@@ -72,6 +72,7 @@ class Coordinator:
     ):
         self._store, self._job, self._later, self._now_s = store, job, later, clock
         self._uplink = get_codec(job.rules.uplink)
+        self._combine = job.outer.combine_function
         self.error: DiLoCoError | None = None  # what ended this life
         self.fence_epoch = take_fence(store, job.rules.run_id, holder)
         self._log = RunLog.open(store)
@@ -230,7 +231,7 @@ class Coordinator:
         keys = [((step.fragment, share.round, share.island), share.payload_sha256) for share in step.shares]
         payloads = [self._payloads[key].tensor for key in keys]
         weights = [share.weight for share in step.shares]
-        combined, digest = self._replica.outer_step(step.fragment, payloads, weights, self._uplink)
+        combined, digest = self._replica.outer_step(step.fragment, payloads, weights, self._uplink, self._combine)
         parent, payload = self._log.tail, combined.numpy()
         payload_sha256 = sha256_hex(payload.data)
         record = Record(

@@ -1,17 +1,15 @@
-"""The mathematics around a replica: the outer gradient, the weighted mean, the outer optimizers and their settings."""
+"""The mathematics around a replica: the outer gradient, the outer optimizers and their settings."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from diloco_ray.algorithm import outer_gradient
 from diloco_ray.algorithm.codecs import CODEC_NAMES, get_codec
-from diloco_ray.algorithm.combine import weighted_mean_
+from diloco_ray.algorithm.combine import COMBINES
 from diloco_ray.algorithm.outer_gradient import encode_outer_gradient_, inspect_payload
 from diloco_ray.algorithm.outer_optimizer import SGD, Adam, HeavyBall, Nesterov, OuterOptimizer
 from diloco_ray.algorithm.settings import OuterSettings
@@ -25,13 +23,6 @@ def encoded(values: torch.Tensor, name: str = "float32") -> torch.Tensor:
     payload = torch.zeros(get_codec(name).num_bytes(values.numel()), dtype=torch.uint8)
     get_codec(name).encode_(values, payload, 0, values.numel())
     return payload
-
-
-def mean(vectors: list[torch.Tensor], weights: list[float], name: str = "float32") -> torch.Tensor:
-    n = vectors[0].numel()
-    out, scratch = torch.empty(2, n)
-    weighted_mean_([encoded(vector, name) for vector in vectors], weights, get_codec(name), 0, n, out, scratch)
-    return out
 
 
 class TestOuterGradient:
@@ -62,33 +53,6 @@ class TestOuterGradient:
         values = gaussian(1000, 0)
         values[777] = bad
         assert not math.isfinite(inspect_payload(encoded(values, name), 1000, get_codec(name)))
-
-
-class TestWeightedMean:
-    @settings(deadline=None, max_examples=30)
-    @given(st.lists(st.floats(1e-6, 1e9), min_size=1, max_size=9))
-    def test_it_is_the_weighted_mean(self, weights: list[float]):
-        vectors = [gaussian(300, seed) for seed in range(len(weights))]
-        expected = np.average([v.double().numpy() for v in vectors], axis=0, weights=weights)
-        np.testing.assert_allclose(mean(vectors, weights).numpy(), expected, rtol=0, atol=3e-6)
-
-    @pytest.mark.parametrize("name", CODEC_NAMES)
-    @pytest.mark.parametrize("weight", [1.0, 3.0, 0.1, 1e-30])
-    def test_a_single_contribution_counts_exactly_once_whatever_its_weight(self, name: str, weight: float):
-        vector, decoded = gaussian(1000, 0), torch.empty(1000)
-        get_codec(name).decode_(encoded(vector, name), 0, 1000, decoded)
-        assert torch.equal(mean([vector], [weight], name), decoded)
-
-    def test_only_the_ratio_of_weights_counts(self):
-        vectors = [gaussian(300, seed) for seed in range(3)]
-        assert torch.equal(mean(vectors, [1, 2, 5]), mean(vectors, [4096, 8192, 20480]))
-
-    @pytest.mark.parametrize(
-        "weights", [[], [1.0], [1.0, 0.0], [1.0, -1.0], [1.0, math.nan], [1.0, math.inf], [1e308, 1e308]]
-    )
-    def test_weights_that_mean_nothing_are_refused(self, weights: list[float]):
-        with pytest.raises(ValueError, match="one positive weight each"):
-            mean([gaussian(10, 0), gaussian(10, 1)], weights)
 
 
 def run(optimizer: OuterOptimizer, theta: torch.Tensor, gradients: list[torch.Tensor], chunk: int) -> torch.Tensor:
@@ -143,7 +107,8 @@ class TestOuterOptimizer:
 
     def test_sgd_at_one_is_federated_averaging(self):
         islands = [gaussian(1000, seed) for seed in (7, 8, 9)]
-        theta = run(SGD(1.0), THETA, [mean([THETA - island for island in islands], [1, 1, 1])], 1000)
+        mean = sum(THETA - island for island in islands) / 3
+        theta = run(SGD(1.0), THETA, [mean], 1000)
         torch.testing.assert_close(theta, sum(islands[1:], islands[0]) / 3, rtol=0, atol=2e-6)
 
     @pytest.mark.parametrize("optimizer", [SGD(), Nesterov(), HeavyBall(), Adam(0.1)], ids=str)
@@ -165,6 +130,11 @@ class TestSettings:
         assert list(built.values()) == [SGD(0.3), HeavyBall(0.3, 0.8), Nesterov(0.3, 0.8), Adam(0.3, 0.8, 0.95, 0.2)]
         assert {name: optimizer.name for name, optimizer in built.items()} == {name: name for name in built}
 
+    def test_every_combine_is_chosen_by_its_name(self):
+        assert OuterSettings().combine_function is COMBINES["mean"]
+        for name, combine in COMBINES.items():
+            assert OuterSettings.model_validate({"combine": name}).combine_function is combine
+
     @pytest.mark.parametrize(
         "wrong",
         [
@@ -174,6 +144,7 @@ class TestSettings:
             {"momentum": -0.1},
             {"epsilon": 0},
             {"optimizer": "adamw"},
+            {"combine": "sum"},
             {"lr": 0.7},
         ],
         ids=str,

@@ -10,6 +10,7 @@ import torch
 
 from diloco_ray.algorithm import replica as replica_module
 from diloco_ray.algorithm.codecs import CODEC_NAMES, get_codec
+from diloco_ray.algorithm.combine import COMBINES, Combine, mean
 from diloco_ray.algorithm.fragments import Layout, partition
 from diloco_ray.algorithm.outer_gradient import encode_outer_gradient_
 from diloco_ray.algorithm.outer_optimizer import SGD, Adam, HeavyBall, Nesterov, OuterOptimizer
@@ -41,16 +42,16 @@ def contributions(replica: Replica, fragment: int, codec: str, num_islands: int)
     return payloads
 
 
-def train(replica: Replica, uplink: str = "int8", num_rounds: int = 3) -> list[tuple[int, torch.Tensor, StateDigest]]:
+def train(
+    replica: Replica, uplink: str = "int8", num_rounds: int = 3, combine: Combine = mean
+) -> list[tuple[int, torch.Tensor, StateDigest]]:
     """A small log: (fragment, payload, digest) of every outer step."""
-    return [
-        (
-            fragment,
-            *replica.outer_step(fragment, contributions(replica, fragment, uplink, 3), [1, 2, 3], get_codec(uplink)),
-        )
-        for _ in range(num_rounds)
-        for fragment in range(len(replica.layout.fragments))
-    ]
+    log: list[tuple[int, torch.Tensor, StateDigest]] = []
+    for _ in range(num_rounds):
+        for fragment in range(len(replica.layout.fragments)):
+            payloads = contributions(replica, fragment, uplink, 3)
+            log.append((fragment, *replica.outer_step(fragment, payloads, [1, 2, 3], get_codec(uplink), combine)))
+    return log
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
@@ -65,6 +66,15 @@ def test_applying_the_payload_of_an_outer_step_gives_the_same_bits(optimizer: Ou
         assert torch.equal(island.parameters(fragment), coordinator.parameters(fragment))
         for ours, theirs in zip(island.buffers(fragment), coordinator.buffers(fragment)):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_every_combine_is_replayed_from_its_payload_alone(combine: str):
+    coordinator, island = initialised(Nesterov(), "int8"), initialised(Nesterov(), "int8")
+    log = train(coordinator, combine=COMBINES[combine])
+    assert [island.apply(fragment, payload) for fragment, payload, _ in log] == [digest for _, _, digest in log]
+    if combine != "mean":
+        assert log[-1][2] != train(initialised(Nesterov(), "int8"))[-1][2]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
@@ -102,6 +112,8 @@ def test_the_number_of_threads_changes_no_bit(optimizer: OuterOptimizer, codec: 
         ("int8", Nesterov(0.7, 0.9), "4aab21c498561e1585f634383ab4cf49", "cd973cd05c6e8a2233b60496946177b8"),
         ("int4", Nesterov(0.7, 0.9), "c10114d1f955259db8b817f7c2794c96", "840acd218daac357f7d18ced620b1c12"),
         ("int4", Adam(0.1), "7e779d62d6d67cfa4e462b1afe1ad525", "d4d4a4ed8ae4f660ff4556a2196e9117"),
+        ("e3m0", Nesterov(0.7, 0.9), "644b062ab458df9b90477b58938d70cc", "50d94baea57d75276a10e176deacb0b5"),
+        ("ternary", Nesterov(0.7, 0.9), "f7329e4b841dad18a225008b885c1fa0", "322411eb3ea9dbeea583e8e1b8796941"),
     ],
 )
 def test_every_machine_arrives_at_these_digests(codec: str, optimizer: OuterOptimizer, parameters: str, buffers: str):
