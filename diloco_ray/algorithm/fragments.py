@@ -57,10 +57,10 @@ class Fragment:
     def num_values(self) -> int:
         return sum(slot.num_values for slot in self.slots)
 
-    def gather_(self, tensors: Mapping[str, Tensor], flat: Tensor) -> None:
+    def gather_(self, tensors: Mapping[str, Tensor], flat: Tensor, *, non_blocking: bool = False) -> None:
         """Copies the tensors (any device, any float dtype) into flat, (num_values,) float32 on the CPU."""
         for slot in self.slots:
-            slot.of(flat).copy_(slot.tensor_in(tensors))
+            slot.of(flat).copy_(slot.tensor_in(tensors), non_blocking=non_blocking)
 
     def scatter_(self, flat: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """Copies flat, (num_values,) float32, into the tensors in place, rounded to their dtype; autograd sees nothing.

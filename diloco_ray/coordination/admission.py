@@ -71,7 +71,7 @@ def _time_problem(state: RunState, c: Contribution, plan: InnerPlan | None) -> s
         return f"for round {c.round + 1}, fragment {c.fragment} has closed it"
     if c.round > version + 1:
         return f"for round {c.round + 1}, fragment {c.fragment} is in round {version + 1}"
-    silent_rounds = plan.silent_steps // rules.inner_steps_per_round if plan else 0
+    silent_rounds = plan.round - plan.first_round if plan else 0
     # With a whole round of overlap, what a round began with had not yet seen the round before.
     lag = silent_rounds + (1 if rules.overlap >= rules.inner_steps_per_round else 0)
     if c.base_version < c.round - lag:

@@ -39,6 +39,11 @@ class InnerPlan:
     num_islands: int  # alive when the plan was made
     ranges: tuple[DataRange, ...]
 
+    @property
+    def first_round(self) -> int:
+        """`round`, unless contributions before it are dropped."""
+        return self.round - self.silent_steps // (self.inner_steps - self.silent_steps)
+
 
 @dataclass(frozen=True)
 class Contribution:
@@ -50,6 +55,7 @@ class Contribution:
     fragment: int
     round: int
     base_version: int
+    inner_steps: int  # since the island last merged this fragment
     lease_id: str
     codec: str
     payload_sha256: str

@@ -105,8 +105,8 @@ def _take_up(state: RunState, island: str, held: InnerPlan) -> Step:
         and held.island == island
         and membership.is_current(state.members, island, held.incarnation)
         and (following <= held.round < rules.num_rounds if rules.in_step else held.round >= following)
-        and held.round - held.silent_steps // rules.inner_steps_per_round <= following + bool(rules.overlap)
         and 0 < held.inner_steps - held.silent_steps <= rules.inner_steps_per_round
+        and held.first_round <= following + bool(rules.overlap)
         and sum(r.num_sequences for r in held.ranges) == held.inner_steps * rules.sequences_per_inner_step
     )
     ledger = state.ledger.adopt(held.lease_id, island, held.ranges) if fits else None
@@ -140,11 +140,14 @@ def _revoke(state: RunState, island: str, fate: str) -> RunState:
     """Ends the island's plans, but for those whose closing contribution is already accepted."""
     inspecting = {key for key, item in state.inbox.items() if key[2] == island and item.norm is None}
     state = replace(state, inbox=without(state.inbox, *inspecting))
-    ledger = state.ledger
-    for plan in state.open_plans(island):
+    ledger, ended_plans = state.ledger, state.open_plans(island)
+    if not ended_plans:
+        return state
+    for plan in ended_plans:
         ledger = ledger.settle(plan.lease_id, fate)
-    whole = tuple(plan for plan in state.plans.get(island, ()) if state.is_whole(plan))
-    return replace(state, ledger=ledger, plans={**state.plans, island: whole})
+    whole = tuple(plan for plan in state.plans[island] if plan not in ended_plans)
+    num_plans = {**state.num_plans, island: ended_plans[0].first_round}
+    return replace(state, ledger=ledger, plans={**state.plans, island: whole}, num_plans=num_plans)
 
 
 # ---- contributions ----

@@ -103,8 +103,7 @@ def _awaited(state: RunState, fragment: int) -> list[str]:
 
 def _silent(state: RunState, round: int) -> list[str]:
     """Islands whose contribution to this round is dropped."""
-    steps = state.rules.inner_steps_per_round
-    return [p.island for p in _plans(state) if p.round - p.silent_steps // steps <= round < p.round]
+    return [plan.island for plan in _plans(state) if plan.first_round <= round < plan.round]
 
 
 def _plans(state: RunState) -> list[InnerPlan]:
@@ -191,15 +190,17 @@ def _expire(state: RunState, ledger: DataLedger, round: int) -> DataLedger:
 
 
 def _weight(state: RunState, item: Accepted) -> float:
-    """Of the ledger's word, never the island's. tokens^2 / steps is Decoupled DiLoCo's (arXiv 2604.21428)."""
+    """By the lease: an island's own word only makes it lighter. tokens^2 / steps is Decoupled DiLoCo's (2604.21428)."""
     lease = item.lease
+    steps = min(max(1, item.contribution.inner_steps), item.inner_steps)
+    tokens = lease.num_tokens * steps / item.inner_steps
     match state.rules.weighting:
         case "uniform":
             return 1.0
         case "tokens":
             return float(lease.num_tokens)
         case "tokens_squared_per_step":
-            return float(lease.num_tokens) * (lease.num_tokens / item.inner_steps)
+            return tokens * (tokens / steps)
         case "examples":
             return float(state.ledger.num_sequences)
 

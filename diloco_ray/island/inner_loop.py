@@ -1,7 +1,6 @@
 """The inner loop: H optimizer steps on one island's own data, without a word to anyone."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -13,53 +12,67 @@ from diloco_ray.island.settings import InnerSettings
 
 @dataclass(frozen=True)
 class InnerResult:
-    """Means over the steps of one round; seconds of the whole."""
+    """Means over the steps taken so far."""
 
     loss: float
     gradient_norm: float
     num_steps: int
     num_tokens: int
-    seconds: float
 
 
-def run_inner_steps(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches_BT: Iterable[Tensor],
-    settings: InnerSettings,
-    *,
-    learning_rate: Callable[[int], float],
-    on_step: Callable[[int], None] = lambda step: None,
-) -> InnerResult:
-    """One optimizer step per batch. learning_rate and on_step get the step's number in this round, from 0.
+class InnerLoop:
+    """An iterator: each `next` takes one optimizer step, on one batch, and gives its number, from 1.
 
-    on_step may raise to abandon the round: the model is then between two steps.
+    learning_rate gets the step's number in this loop, from 0. Between two steps nothing is in flight: the model may be
+    read and written.
     """
-    began = time.monotonic()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    device = parameters[0].device
-    # Sums stay on the device: reading them each step would make the host wait for every step.
-    loss_sum, norm_sum = torch.zeros((), device=device), torch.zeros((), device=device)
-    num_steps = num_tokens = 0
-    model.train()
-    for inputs_BT in batches_BT:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(num_steps)
-        for part in inputs_BT.to(device, non_blocking=True).chunk(settings.accumulate):
-            with _precision(settings, device):
-                loss = model(input_ids=part, labels=part).loss / settings.accumulate
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches_BT: Iterable[Tensor],
+        settings: InnerSettings,
+        *,
+        learning_rate: Callable[[int], float],
+    ):
+        self._model, self._optimizer, self._settings = model, optimizer, settings
+        self._batches = iter(batches_BT)
+        self._learning_rate = learning_rate
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._device = self._parameters[0].device
+        # Sums stay on the device: reading them each step would make the host wait for every step.
+        self._loss_sum = torch.zeros((), device=self._device)
+        self._norm_sum = torch.zeros((), device=self._device)
+        self._num_steps = self._num_tokens = 0
+
+    def __iter__(self) -> "InnerLoop":
+        return self
+
+    def __next__(self) -> int:
+        inputs_BT = next(self._batches)
+        self._model.train()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate(self._num_steps)
+        accumulate = self._settings.accumulate
+        for part in inputs_BT.to(self._device, non_blocking=True).chunk(accumulate):
+            with _precision(self._settings, self._device):
+                loss = self._model(input_ids=part, labels=part).loss / accumulate
             loss.backward()
-            loss_sum += loss.detach()
-        limit = settings.clip_norm if settings.clip_norm is not None else float("inf")
-        norm_sum += nn.utils.clip_grad_norm_(parameters, limit)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        num_steps += 1
-        num_tokens += inputs_BT.numel()
-        on_step(num_steps)
-    steps = max(1, num_steps)
-    seconds = time.monotonic() - began
-    return InnerResult(loss_sum.item() / steps, norm_sum.item() / steps, num_steps, num_tokens, seconds)
+            self._loss_sum += loss.detach()
+        limit = self._settings.clip_norm if self._settings.clip_norm is not None else float("inf")
+        self._norm_sum += nn.utils.clip_grad_norm_(self._parameters, limit)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._num_steps += 1
+        self._num_tokens += inputs_BT.numel()
+        return self._num_steps
+
+    def result(self) -> InnerResult:
+        steps = max(1, self._num_steps)
+        return InnerResult(
+            self._loss_sum.item() / steps, self._norm_sum.item() / steps, self._num_steps, self._num_tokens
+        )
 
 
 def _precision(settings: InnerSettings, device: torch.device) -> contextlib.AbstractContextManager[object]:

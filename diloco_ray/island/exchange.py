@@ -1,0 +1,386 @@
+"""An island's side of the exchange: what it sends, what it hears, and the replica that follows the log.
+
+    training thread:   post -> (inner steps) -> is_settled -> fetch
+    sending thread:    encode, submit
+    listening thread:  follow the log, replay into the replica
+
+so that communication hides behind inner steps. Where there are no threads (`start_threads` was not called) `post` sends
+at once and `poll` listens: the same exchange in one process, one island after the other.
+"""
+
+import contextlib
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diloco_ray.algorithm.codecs import get_codec
+from diloco_ray.algorithm.fragments import Fragment
+from diloco_ray.algorithm.outer_gradient import OuterGradientStats, encode_outer_gradient_
+from diloco_ray.algorithm.replica import Replica
+from diloco_ray.coordination.messages import Contribution, InnerPlan
+from diloco_ray.errors import ClusterError, FencedError
+from diloco_ray.ids import sha256_hex
+from diloco_ray.island.job import Identity, IslandJob, RoundAbandonedError, RunOverError
+from diloco_ray.transport.follower import Follower
+from diloco_ray.transport.protocol import Beat, Hello, Transport
+
+
+@dataclass
+class _Outgoing:
+    """One contribution, ours until its fate is known (I3); header and payload are there once it is encoded."""
+
+    plan: InnerPlan
+    fragment: Fragment
+    base_version: int
+    inner_steps: int
+    values: Tensor
+    ready: Callable[[], None]  # waits until `values` have come from the accelerator
+    metrics: Mapping[str, float]
+    contribution: Contribution | None = None
+    payload: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+
+
+class Exchange:
+    """Between one island and the coordinator. `plan` and `progress` are what the heart tells."""
+
+    def __init__(self, job: IslandJob, identity: Identity, transport: Transport):
+        self.job, self.identity, self.transport = job, identity, transport
+        self.incarnation = 0
+        self.plan: InnerPlan | None = None  # the work in hand
+        self.progress: dict[str, float] = {}
+        self.over = False
+        self._in_step = job.sync.closes == "all"
+        self._uplink = get_codec(job.sync.uplink)
+        self._follower = Follower(Replica(job.layout, job.outer.build(), get_codec(job.sync.downlink)), transport)
+        sizes = [fragment.num_values for fragment in job.layout.fragments]
+        self.base = [torch.empty(size) for size in sizes]  # what outer gradients are measured from
+        self.base_versions = [0 for _ in sizes]
+        feedback = job.sync.error_feedback is not None
+        self.residuals = [torch.zeros(size) for size in sizes] if feedback else []
+        self._values = [torch.empty(size, pin_memory=torch.cuda.is_available()) for size in sizes]
+        self._targets: list[int | None] = [None for _ in sizes]  # versions to replay to; None: the newest
+        self._own_rounds = [-1 for _ in sizes]  # of this island, committed
+        self._plans: deque[InnerPlan] = deque()  # received, not begun
+        self._newest_lease = ""
+        self._outgoing: list[_Outgoing] = []
+        self._void: set[str] = set()  # leases
+        self._said_hello = False
+        self._error: Exception | None = None
+        self._hello = threading.Lock()
+        self._changed = threading.Condition(threading.RLock())
+        self._num_changes = self._num_seen = 0
+        self._posted: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    # ---- its life ----
+
+    def say_hello(self) -> None:
+        """Takes or keeps the name; raises FencedError where another process holds it."""
+        with self._hello:
+            who, held = self.identity, self._held()
+            welcome = self.transport.join(Hello(who.island, who.process, who.pid, who.node, self.incarnation, held))
+            if welcome.problem:
+                raise FencedError(welcome.problem, where=who.island, remedy="look at the run's events for the reason")
+            self.incarnation, self._said_hello = welcome.incarnation, True
+
+    def _held(self) -> tuple[InnerPlan, ...]:
+        with self._changed:
+            plans = [item.plan for item in self._outgoing] + [self.plan, *self._plans]
+            by_lease = {plan.lease_id: plan for plan in plans if plan and plan.lease_id not in self._void}
+        return tuple(sorted(by_lease.values(), key=lambda plan: plan.round))
+
+    def start(self) -> None:
+        self.say_hello()
+        self._follower.load_snapshot()
+        self.listen(0.0)
+
+    def start_threads(self, follow_s: float) -> None:
+        """follow_s: length of one long poll."""
+        for name, work in (("send", self._send_on), ("listen", lambda: self._listen_on(follow_s))):
+            self._threads.append(threading.Thread(target=self._watched(work), name=name, daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self.over = True
+        self._posted.put(None)
+
+    def _watched(self, work: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # of any kind: it ends the island, on the training thread
+                with self._news():
+                    self._error = error
+
+        return run
+
+    def _send_on(self) -> None:
+        while (item := self._posted.get()) is not None:
+            self._deliver(item)
+
+    def _listen_on(self, follow_s: float) -> None:
+        while not self.over:
+            self.listen(follow_s)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until something has changed since the last wait. Only with threads."""
+        with self._changed:
+            if self._num_changes == self._num_seen:
+                self._changed.wait(timeout_s)
+            self._num_seen = self._num_changes
+
+    def poll(self) -> None:
+        if not self._threads:
+            self.listen(0.0)
+
+    def check(self, plan: InnerPlan) -> None:
+        """Raises what ends the work on this plan."""
+        if self._error:
+            raise self._error
+        if self.over:
+            raise RunOverError
+        if plan.lease_id in self._void:
+            raise RoundAbandonedError
+
+    def void(self, lease_id: str) -> None:
+        with self._news():
+            self._void.add(lease_id)
+
+    def _news(self) -> "_News":
+        return _News(self)
+
+    # ---- plans ----
+
+    def next_plan(self) -> InnerPlan | None:
+        if self._error:
+            raise self._error
+        with self._changed:
+            while self._plans and self._plans[0].lease_id in self._void:
+                self._plans.popleft()
+            if self._plans:
+                self.plan = self._plans.popleft()
+                return self.plan
+        return None
+
+    def abandon(self, plan: InnerPlan) -> None:
+        """Nothing more of this plan is to be sent."""
+        with self._changed:
+            self._void.add(plan.lease_id)
+            self._outgoing = [item for item in self._outgoing if item.plan.lease_id not in self._void]
+            self.plan = None
+
+    # ---- sending ----
+
+    def post(
+        self,
+        plan: InnerPlan,
+        fragment: Fragment,
+        tensors: Mapping[str, Tensor],
+        inner_steps: int,
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Sends Q(base - island) of one fragment. inner_steps: since the fragment was last merged."""
+        values, p = self._values[fragment.index], fragment.index
+        ready = _copy(fragment, tensors, values)
+        item = _Outgoing(plan, fragment, self.base_versions[p], inner_steps, values, ready, metrics)
+        with self._changed:
+            self._outgoing.append(item)
+        if self._threads:
+            self._posted.put(item)
+        else:
+            self._deliver(item)
+
+    def payload_of(self, plan: InnerPlan, fragment: int) -> Tensor | None:
+        """The encoded contribution; None while it is being encoded, or if there is none."""
+        with self._changed:
+            found = [i for i in self._outgoing if i.plan.lease_id == plan.lease_id and i.fragment.index == fragment]
+        return torch.from_numpy(found[0].payload) if found and found[0].contribution else None
+
+    def is_encoded(self, fragment: int) -> bool:
+        """Whether `fetch` may overwrite the fragment's base."""
+        with self._changed:
+            return all(item.contribution for item in self._outgoing if item.fragment.index == fragment)
+
+    def _deliver(self, item: _Outgoing) -> None:
+        item.ready()
+        base, p = self.base[item.fragment.index], item.fragment.index
+        payload = torch.empty(self._uplink.num_bytes(item.values.numel()), dtype=torch.uint8)
+        feedback = {"residual": self.residuals[p], "decay": self.job.sync.error_feedback} if self.residuals else {}
+        replica = self._follower.replica
+        with self._changed if self.job.sync.anchor == "present" else contextlib.nullcontext():
+            if self.job.sync.anchor == "present":
+                base, item.base_version = replica.parameters(p), replica.versions[p]
+            stats = encode_outer_gradient_(base, item.values, self._uplink, payload, **feedback)
+        with self._news():
+            item.payload = payload.numpy()
+            item.contribution = self._header(item, stats)
+            if item.plan.lease_id in self._void:
+                return
+        self._submit(item)
+
+    def _header(self, item: _Outgoing, stats: OuterGradientStats) -> Contribution:
+        return Contribution(
+            run_id=self.job.run_id,
+            island=item.plan.island,
+            incarnation=self.incarnation,
+            fragment=item.fragment.index,
+            round=item.plan.round,
+            base_version=item.base_version,
+            inner_steps=item.inner_steps,
+            lease_id=item.plan.lease_id,
+            codec=self._uplink.name,
+            payload_sha256=sha256_hex(item.payload.data),
+            payload_bytes=item.payload.size,
+            metrics={**item.metrics, "norm": stats.norm, "relative_error": stats.relative_error},
+        )
+
+    def _submit(self, item: _Outgoing) -> None:
+        contribution = item.contribution
+        if contribution is None:
+            return
+        for _ in range(10):
+            verdict = self.transport.submit(contribution, item.payload)
+            if verdict.status == "rejected":
+                self._refused(item)
+            if verdict.status != "unknown":
+                return
+            self.say_hello()  # a restarted coordinator knows us again and awaits this very contribution
+        raise ClusterError("the coordinator forgot this island ten times in a row", where=contribution.island)
+
+    def _refused(self, item: _Outgoing) -> None:
+        """It may have been late, or a double; or the whole plan is void, which the next beat would tell as well."""
+        with self._changed:
+            self._outgoing = [other for other in self._outgoing if other is not item]
+        lease_id = item.plan.lease_id
+        beat = Beat(self.identity.island, self.incarnation, lease_id, self.progress)
+        if not self.over and self.transport.beat(beat) == "abandon":
+            self.void(lease_id)
+
+    # ---- listening ----
+
+    def listen(self, wait_s: float) -> None:
+        wait_s = 0.0 if self._said_hello else wait_s  # there may be something to send again at once
+        news = self.transport.follow(
+            self.identity.island, self.incarnation, self._follower.index, wait_s, self._newest_lease
+        )
+        match news.standing:
+            case "over":
+                with self._news():
+                    self.over = True
+                return
+            case "fenced":
+                raise FencedError(news.reason or "another process took this island's name", where=self.identity.island)
+            case "rejoin":
+                self.say_hello()
+                return
+            case "ok":
+                pass
+        if news.records or news.plan:
+            with self._news():
+                for record in self._follower.receive(news.records):
+                    own = [share.round for share in record.shares if share.island == self.identity.island]
+                    p = record.fragment
+                    self._own_rounds[p] = max([self._own_rounds[p], *own])
+                    self._follower.replay(p, self._targets[p])
+                self._forget_what_is_final()
+                if news.plan:
+                    self._receive(news.plan)
+        if self._said_hello:
+            self._send_again()
+
+    def _receive(self, plan: InnerPlan) -> None:
+        """A plan for a round that was planned already replaces what was planned."""
+        known = [item.plan for item in self._outgoing] + [self.plan, *self._plans]
+        self._void |= {old.lease_id for old in known if old and old.round >= plan.round} - {plan.lease_id}
+        self._newest_lease = plan.lease_id
+        if plan.lease_id not in {old.lease_id for old in known if old}:
+            self._plans.append(plan)
+
+    def _send_again(self) -> None:
+        """A restarted coordinator has lost what its predecessor had accepted and not committed."""
+        self._said_hello = False
+        with self._changed:
+            items = [item for item in self._outgoing if item.contribution]
+        for item in items:
+            self._submit(item)
+
+    def _forget_what_is_final(self) -> None:
+        self._outgoing = [
+            item
+            for item in self._outgoing
+            if not self._is_final(item.fragment.index, item.plan.round) or item.contribution is None
+        ]
+
+    def _is_final(self, fragment: int, round: int) -> bool:
+        if self._in_step:
+            return self._follower.received_version(fragment) > round
+        return self._own_rounds[fragment] >= round
+
+    # ---- merging ----
+
+    @property
+    def index(self) -> int:
+        return self._follower.index
+
+    def has_closed(self, fragment: int, round: int) -> bool:
+        """Whether a contribution to this round would come too late."""
+        with self._changed:
+            return self._in_step and self._follower.received_version(fragment) > round
+
+    def aim(self, fragment: int, round: int | None) -> None:
+        """What the fragment is merged with next is the outer step of this round: no later one is replayed before."""
+        with self._changed:
+            self._targets[fragment] = round + 1 if self._in_step and round is not None else None
+            self._follower.replay(fragment, self._targets[fragment])
+
+    def is_settled(self, fragment: int, round: int) -> bool:
+        """Whether the outer step that this round's contribution went into, or came too late for, is at hand."""
+        with self._changed:
+            replayed = self._follower.replica.versions[fragment] > round or not self._in_step
+            return replayed and self._is_final(fragment, round) and self.is_encoded(fragment)
+
+    def arrived(self) -> list[int]:
+        """Fragments that have moved on since they were fetched."""
+        with self._changed:
+            versions = self._follower.replica.versions
+            return [p for p, v in enumerate(self.base_versions) if versions[p] > v and self.is_encoded(p)]
+
+    def fetch(self, fragment: int) -> Tensor:
+        """The global parameters of one fragment, (num_values,) float32, as the new base: ours to add to."""
+        with self._changed:
+            self.base[fragment].copy_(self._follower.replica.parameters(fragment))
+            self.base_versions[fragment] = self._follower.replica.versions[fragment]
+        return self.base[fragment]
+
+
+
+def _copy(fragment: Fragment, tensors: Mapping[str, Tensor], values: Tensor) -> Callable[[], None]:
+    """Begins the copy, which from an accelerator goes on beside the next inner step; returns what waits for its end."""
+    fragment.gather_(tensors, values, non_blocking=values.is_pinned())
+    if not values.is_pinned():
+        return lambda: None
+    copied = torch.cuda.Event()
+    copied.record()
+    return copied.synchronize
+
+
+class _News:
+    """A change that waiting threads are told of when it is whole."""
+
+    def __init__(self, exchange: Exchange):
+        self._exchange = exchange
+
+    def __enter__(self) -> None:
+        self._exchange._changed.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._exchange._num_changes += 1
+        self._exchange._changed.notify_all()
+        self._exchange._changed.release()

@@ -1,0 +1,45 @@
+"""What an island is told, once, and who it is."""
+
+from dataclasses import dataclass
+
+from diloco_ray.algorithm.fragments import Layout
+from diloco_ray.algorithm.settings import OuterSettings
+from diloco_ray.coordination.settings import SyncSettings
+from diloco_ray.data.settings import DataSettings
+from diloco_ray.island.settings import InnerSettings
+from diloco_ray.model.settings import ModelSettings
+
+
+@dataclass(frozen=True)
+class IslandJob:
+    """The same for every island of a run."""
+
+    run_id: str
+    seed: int
+    num_inner_steps: int  # horizon of the learning-rate schedule
+    layout: Layout
+    data: DataSettings
+    prepared_url: str
+    model: ModelSettings
+    inner: InnerSettings
+    outer: OuterSettings
+    sync: SyncSettings
+    checkpoints_url: str  # each island has a folder of its own in it
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One process that holds an island's name."""
+
+    island: str
+    process: str
+    pid: int
+    node: str
+
+
+class RoundAbandonedError(Exception):
+    """Raised between two inner steps: the plan in hand is no longer awaited."""
+
+
+class RunOverError(Exception):
+    """Raised between two inner steps: the run has ended."""
