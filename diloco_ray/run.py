@@ -24,7 +24,7 @@ from diloco_ray.data.shards import TokenShards
 from diloco_ray.errors import DataError, RunMismatchError
 from diloco_ray.ids import island_name, new_run_id
 from diloco_ray.island.evaluator import EvaluationPlan
-from diloco_ray.island.worker import IslandJob
+from diloco_ray.island.job import IslandJob
 from diloco_ray.log.record import Record, model_digest, seal, unseal
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.run_store import RunStore
@@ -102,8 +102,7 @@ class Run:
             model=config.model,
             inner=config.inner,
             outer=outer_of(self.document),
-            uplink=config.sync.uplink,
-            downlink=config.sync.downlink,
+            sync=config.sync,
             checkpoints_url=f"{checkpoints}/islands",
         )
 

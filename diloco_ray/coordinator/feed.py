@@ -46,6 +46,7 @@ class Feed:
         fragments = [fragment.index for fragment in replica.layout.fragments]
         return SnapshotState(
             index,
+            self._log.records[index].round,
             tuple(replica.versions),
             tuple(replica.parameters(p).numpy() for p in fragments),
             tuple(tuple(buffer.numpy() for buffer in replica.buffers(p)) for p in fragments),

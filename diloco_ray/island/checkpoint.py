@@ -1,13 +1,16 @@
-"""An island's own checkpoint: the inner optimizer's state at the start of a round.
+"""An island's own checkpoint: the inner optimizer's state at the start of a round, and what error feedback keeps back.
 
 It is written before the round's contribution is submitted, and the one before it is kept: whatever the coordinator
 has committed when everything stops, the island can go on from there bit for bit. Parameters are not in it; they come
 from the log.
 """
 
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from diloco_ray.errors import CorruptionError, StoreError
 from diloco_ray.island.inner_optimizer import load_state_tensors_, state_tensors
@@ -46,6 +49,21 @@ class IslandCheckpoints:
                 return candidate, meta["own_steps"]
         return None
 
+    def save_residuals(self, round: int, residuals: Sequence[Tensor]) -> None:
+        """Of error feedback, one per fragment: known only once the round's last contribution is encoded."""
+        tensors = {str(p): residual for p, residual in enumerate(residuals)}
+        save_tensors(self.store, _residuals_path(round), tensors, {"run_id": self.run_id})
+        self._delete(_residuals_path(round - KEPT))
+
+    def load_residuals_(self, round: int, residuals: Sequence[Tensor]) -> None:
+        """Zeros where there are none: nothing was kept back."""
+        tensors: Mapping[str, Tensor] = {}
+        with contextlib.suppress(CorruptionError, StoreError):
+            found, meta = load_tensors(self.store, _residuals_path(round))
+            tensors = found if meta["run_id"] == self.run_id else {}
+        for p, residual in enumerate(residuals):
+            residual.copy_(tensors[str(p)]) if str(p) in tensors else residual.zero_()
+
     def rounds(self) -> list[int]:
         names = self.store.list("")
         return sorted(
@@ -53,12 +71,20 @@ class IslandCheckpoints:
         )
 
     def delete(self, round: int) -> None:
+        self._delete(_path(round))
+        self._delete(_residuals_path(round))
+
+    def _delete(self, path: str) -> None:
         """The name first: tensors that nothing names are no checkpoint."""
-        self.store.delete(f"{_path(round)}.json")
+        self.store.delete(f"{path}.json")
         for name in self.store.list(""):
-            if name.startswith(f"{_path(round)}-"):
+            if name.startswith(f"{path}-"):
                 self.store.delete(name)
 
 
 def _path(round: int) -> str:
     return f"{round:08d}"
+
+
+def _residuals_path(round: int) -> str:
+    return f"residuals-{round:08d}"

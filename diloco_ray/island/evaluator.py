@@ -8,7 +8,8 @@ from diloco_ray.algorithm.codecs import get_codec
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.data.shards import TokenShards
 from diloco_ray.data.tokenizers import load_tokenizer
-from diloco_ray.island.worker import IslandJob, pick_device
+from diloco_ray.island.job import IslandJob
+from diloco_ray.island.worker import pick_device
 from diloco_ray.model.build import build_model, trainable_parameters
 from diloco_ray.model.export import sample_text, validation_loss
 from diloco_ray.transport.follower import Follower
@@ -44,28 +45,27 @@ class Evaluator:
         ).to(pick_device(job.inner.device))
         self._tensors = trainable_parameters(self._model)
         self._tokenizer = load_tokenizer(shards.tokenizer_path)
-        self._num_fragments = len(job.layout.fragments)
-        self._follower = Follower(Replica(job.layout, job.outer.build(), get_codec(job.downlink)), transport)
+        self._round = -1  # rounds that were whole at the last record
+        self._follower = Follower(Replica(job.layout, job.outer.build(), get_codec(job.sync.downlink)), transport)
 
     def start(self) -> None:
         self._measured = self._transport.measured()
-        self._follower.load_snapshot()
-        self._measure_if_due()
+        self._measure_if_due(self._follower.load_snapshot().round)
 
     def turn(self, wait_s: float) -> bool:
         """Follows the log; False when the run is over and measured."""
         news = self._transport.follow("", 0, self._follower.index, wait_s)
         for item in news.records:
-            self._follower.replay([item])
-            self._measure_if_due()
+            for record in self._follower.receive([item]):
+                self._follower.replay(record.fragment)
+                self._measure_if_due(record.round)
         return news.standing != "over"
 
-    def _measure_if_due(self) -> None:
-        index, versions = self._follower.index, self._follower.replica.versions
-        round = min(versions)
-        last = round >= self._plan.num_rounds
-        due = max(versions) == round and (round % self._plan.every_rounds == 0 or last)
-        if not due or index in self._measured:
+    def _measure_if_due(self, round: int) -> None:
+        """At the record with which a round becomes whole, where the plan says so for this round."""
+        index, last = self._follower.index, round >= self._plan.num_rounds
+        is_new, self._round = round > self._round, round
+        if not is_new or index in self._measured or not (last or round % self._plan.every_rounds == 0):
             return
         self._measured.add(index)
         self._follower.replica.write_to_(self._tensors)

@@ -54,7 +54,8 @@ class Exchange:
         self.incarnation = 0
         self.plan: InnerPlan | None = None  # the work in hand
         self.progress: dict[str, float] = {}
-        self.over = False
+        self.over = self.is_waiting = False
+        self.on_encoded: Callable[[InnerPlan, int], None] = lambda plan, fragment: None  # called before it is submitted
         self._in_step = job.sync.closes == "all"
         self._uplink = get_codec(job.sync.uplink)
         self._follower = Follower(Replica(job.layout, job.outer.build(), get_codec(job.sync.downlink)), transport)
@@ -115,11 +116,15 @@ class Exchange:
         def run() -> None:
             try:
                 work()
-            except Exception as error:  # of any kind: it ends the island, on the training thread
-                with self._news():
-                    self._error = error
+            except Exception as error:  # of any kind
+                self.fail(error)
 
         return run
+
+    def fail(self, error: Exception) -> None:
+        """Ends the island, on its training thread."""
+        with self._news():
+            self._error = error
 
     def _send_on(self) -> None:
         while (item := self._posted.get()) is not None:
@@ -131,10 +136,12 @@ class Exchange:
 
     def wait(self, timeout_s: float) -> None:
         """Until something has changed since the last wait. Only with threads."""
+        self.is_waiting = True
         with self._changed:
             if self._num_changes == self._num_seen:
                 self._changed.wait(timeout_s)
             self._num_seen = self._num_changes
+        self.is_waiting = False
 
     def poll(self) -> None:
         if not self._threads:
@@ -218,6 +225,7 @@ class Exchange:
             if self.job.sync.anchor == "present":
                 base, item.base_version = replica.parameters(p), replica.versions[p]
             stats = encode_outer_gradient_(base, item.values, self._uplink, payload, **feedback)
+        self.on_encoded(item.plan, p)
         with self._news():
             item.payload = payload.numpy()
             item.contribution = self._header(item, stats)

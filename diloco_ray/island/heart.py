@@ -10,7 +10,7 @@ import threading
 import time
 
 from diloco_ray.errors import FencedError
-from diloco_ray.island.worker import Island, RoundAbandonedError
+from diloco_ray.island.exchange import Exchange
 from diloco_ray.transport.protocol import Beat, Transport
 
 HUNG = 75  # exit status of a process that gave up on its own training thread
@@ -23,27 +23,17 @@ class Heart:
     one can take its place.
     """
 
-    def __init__(self, island: Island, transport: Transport, every_s: float, stall_timeout_s: float):
-        self._island, self._transport, self._every_s = island, transport, every_s
+    def __init__(self, exchange: Exchange, transport: Transport, every_s: float, stall_timeout_s: float):
+        self._exchange, self._transport, self._every_s = exchange, transport, every_s
         self._stall_timeout_s = stall_timeout_s
         self._moved_s = time.monotonic()
         self._last_seen: object = None
-        self._void_lease = ""
-        self._error: Exception | None = None
         self._stopped = threading.Event()
-        island.on_step = self._on_step
         self._thread = threading.Thread(target=self._beat_on, name="heart", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         self._stopped.set()
-
-    def _on_step(self, step: int) -> None:
-        if self._error:
-            raise self._error
-        plan = self._island.plan
-        if plan and plan.lease_id == self._void_lease:
-            raise RoundAbandonedError
 
     def _beat_on(self) -> None:
         while not self._stopped.wait(self._every_s):
@@ -51,27 +41,30 @@ class Heart:
             try:
                 self._beat()
             except Exception as error:  # of any kind: a heart that stops in silence is an island that is lost
-                self._error = error
+                self._exchange.fail(error)
                 return
 
     def _end_if_hung(self) -> None:
-        seen = (self._island.plan, self._island.progress)
-        if self._island.plan is None or seen != self._last_seen:
+        exchange = self._exchange
+        seen = (exchange.plan, exchange.progress)
+        if exchange.plan is None or exchange.is_waiting or seen != self._last_seen:
             self._last_seen, self._moved_s = seen, time.monotonic()
         elif time.monotonic() - self._moved_s > self._stall_timeout_s:
             print(f"no inner step for {self._stall_timeout_s:g} s: ending this process", file=sys.stderr, flush=True)
             os._exit(HUNG)
 
     def _beat(self) -> None:
-        island, plan = self._island, self._island.plan
+        exchange, plan = self._exchange, self._exchange.plan
         lease_id = plan.lease_id if plan else ""
-        order = self._transport.beat(Beat(island.identity.island, island.incarnation, lease_id, island.progress))
+        order = self._transport.beat(
+            Beat(exchange.identity.island, exchange.incarnation, lease_id, dict(exchange.progress))
+        )
         match order:
             case "go_on":
                 pass
             case "abandon":
-                self._void_lease = lease_id
+                exchange.void(lease_id)
             case "rejoin":
-                island.say_hello()
+                exchange.say_hello()
             case "fenced":
-                raise FencedError("another process took this island's name", where=island.identity.island)
+                raise FencedError("another process took this island's name", where=exchange.identity.island)

@@ -70,6 +70,7 @@ class Island:
         if job.inner.compile:
             self._model.compile()
         self._checkpoints = IslandCheckpoints(RunStore(f"{job.checkpoints_url}/{identity.island}"), job.run_id)
+        self.exchange.on_encoded = self._save_residuals
         self._new_optimizer()
         self._stands_at = -1  # the round at whose start parameters and optimizer stand; -1: nowhere
         self._own_steps: int | None = None
@@ -166,7 +167,11 @@ class Island:
             self._own_steps += num_steps
         self._stands_at = plan.round + 1
         if self._stands_at % self.job.inner.checkpoint_every_rounds == 0:
-            self._checkpoints.save(self._stands_at, self._optimizer, self._own_steps, self.exchange.residuals)
+            self._checkpoints.save(self._stands_at, self._optimizer, self._own_steps)
+
+    def _save_residuals(self, plan: InnerPlan, fragment: int) -> None:
+        if self.exchange.residuals and fragment == len(self.job.layout.fragments) - 1:
+            self._checkpoints.save_residuals(plan.round + 1, self.exchange.residuals)
 
     def _abandon(self, plan: InnerPlan) -> None:
         """A round that does not count leaves no trace."""
@@ -239,9 +244,8 @@ class Island:
     def _load_optimizer(self, round: int) -> None:
         """State at the start of this round, or the newest older one; without any, a joiner's ramp (none in round 0)."""
         self._new_optimizer()
-        for residual in self.exchange.residuals:
-            residual.zero_()
-        loaded = self._checkpoints.load_(round, self._optimizer, self.exchange.residuals)
+        loaded = self._checkpoints.load_(round, self._optimizer)
+        self._checkpoints.load_residuals_(round, self.exchange.residuals)
         self._own_steps = loaded[1] if loaded else (0 if round else None)
 
 

@@ -1,42 +1,105 @@
-"""A whole run in one process, without Ray: the same coordinator, log, islands and evaluator, taking turns.
+"""A whole run in one process, without Ray: the same coordinator, log, islands and evaluator, in virtual time.
 
-Islands work one after the other, in island order, so that equal seeds give equal bits: the reference that a run on
-Ray is held against, and the fast way to experiments on one machine.
+Each inner step takes one second of a virtual clock, or as many as an island's speed says; exchanging takes none. The
+island that is furthest behind steps first, ties in island order: equal seeds give equal bits, whatever the preset. It
+is the reference that a run on Ray is held against, and the fast way to experiments on one machine.
 """
 
 import os
 import uuid
+from collections.abc import Iterator
 
+from diloco_ray.coordination.rounds import next_look_s
+from diloco_ray.coordination.state import ended
 from diloco_ray.coordinator.coordinator import Coordinator, Job
 from diloco_ray.errors import ClusterError
 from diloco_ray.ids import island_name
 from diloco_ray.island.evaluator import Evaluator
-from diloco_ray.island.worker import Identity, Island
+from diloco_ray.island.job import Identity
+from diloco_ray.island.worker import Island, Moment
 from diloco_ray.run import Run
 from diloco_ray.transport.in_memory import InMemoryTransport
+from diloco_ray.transport.protocol import Beat
+
+
+class Clock:
+    """Seconds since the beginning; moved by hand."""
+
+    def __init__(self):
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class _Life:
+    """One island, and the virtual time at which it takes its next step."""
+
+    def __init__(self, island: Island, step_s: float):
+        self.island, self.step_s = island, step_s
+        self.moments: Iterator[Moment] = island.live()
+        self.next_s = 0.0
+        self.waits = self.has_ended = False
 
 
 def train_in_process(run: Run) -> Coordinator:
     """Trains to the end, or goes on from the last committed record; returns the coordinator with its final state."""
-    coordinator = begin(run)
+    clock = Clock()
+    coordinator = begin(run, clock)
     transport = InMemoryTransport(coordinator)
-    islands = [make_island(run, transport, number) for number in range(run.config.max_islands)]
+    lives = [
+        _Life(make_island(run, transport, number, clock), 1.0 / run.speed_of(number))
+        for number in range(run.config.max_islands)
+    ]
     evaluator = Evaluator(run.island_job(), run.evaluation_plan(), transport)
     evaluator.start()
-    for island in islands:
-        island.start()
-    num_idle = 0  # turns; each one brings a follower that comes late at least one record further
+    for life in lives:
+        life.island.start()
+    while not ended(coordinator.state):
+        _let_one_move(coordinator, lives, clock)
+        evaluator.turn(0.0)
     while evaluator.turn(0.0):
-        before = coordinator.state.index
-        for island in islands:
-            island.turn(0.0)
-        num_idle = num_idle + 1 if coordinator.state.index == before else 0
-        if num_idle > before + 1 and coordinator.state.phase != "succeeded":
-            raise ClusterError(f"no outer step in {num_idle} turns: {coordinator.state.reason or 'no plan'}")
+        pass
     return coordinator
 
 
-def begin(run: Run) -> Coordinator:
+def _let_one_move(coordinator: Coordinator, lives: list[_Life], clock: Clock) -> None:
+    """The next inner step; once all wait, the next time at which the coordinator is to look."""
+    before = _progress_of(coordinator)
+    stepping = [life for life in lives if not life.waits and not life.has_ended]
+    if stepping:
+        life = min(stepping, key=lambda life: life.next_s)
+        clock.now_s = max(clock.now_s, life.next_s)
+        _move(life, clock)
+        if _progress_of(coordinator) == before:
+            return
+    moved = [_move(life, clock) for life in lives if life.waits]
+    if stepping or any(moved) or _progress_of(coordinator) != before:
+        return
+    look_s = next_look_s(coordinator.state)
+    if look_s is None:
+        raise ClusterError(f"every island waits: {coordinator.state.reason or coordinator.state.phase}")
+    clock.now_s = max(clock.now_s, look_s)
+    for life in lives:
+        exchange = life.island.exchange
+        coordinator.beat(Beat(exchange.identity.island, exchange.incarnation))
+    coordinator.tick()
+
+
+def _progress_of(coordinator: Coordinator) -> tuple[int, int]:
+    return coordinator.state.index, coordinator.state.ledger.leased
+
+
+def _move(life: _Life, clock: Clock) -> bool:
+    """Whether the island has got on: taken a step, or ended."""
+    moment = next(life.moments, None)
+    life.waits, life.has_ended = moment == "wait", moment is None
+    if moment == "step":
+        life.next_s = clock.now_s + life.step_s
+    return not life.waits
+
+
+def begin(run: Run, clock: Clock | None = None) -> Coordinator:
     """A coordinator whose jobs run at once, in the order they are given."""
     queue: list[Job] = []
 
@@ -47,10 +110,13 @@ def begin(run: Run) -> Coordinator:
                 coordinator.receive(queue[0]())
                 queue.pop(0)
 
-    coordinator = Coordinator(run.store, run.coordinator_job(), later=later, holder="in-process", pid=os.getpid())
+    coordinator = Coordinator(
+        run.store, run.coordinator_job(), later=later, holder="in-process", pid=os.getpid(), clock=clock or Clock()
+    )
     return coordinator
 
 
-def make_island(run: Run, transport: InMemoryTransport, number: int) -> Island:
+def make_island(run: Run, transport: InMemoryTransport, number: int, clock: Clock | None = None) -> Island:
     name = island_name(number)
-    return Island(run.island_job(), Identity(name, uuid.uuid4().hex, os.getpid(), "here"), transport)
+    identity = Identity(name, uuid.uuid4().hex, os.getpid(), "here")
+    return Island(run.island_job(), identity, transport, clock=clock or Clock())

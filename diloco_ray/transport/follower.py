@@ -8,7 +8,7 @@ import torch
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.errors import CorruptionError
 from diloco_ray.log.record import Record
-from diloco_ray.transport.protocol import Bytes, Transport
+from diloco_ray.transport.protocol import Bytes, SnapshotState, Transport
 
 
 class Follower:
@@ -22,8 +22,8 @@ class Follower:
         self.index = -1
         self._waiting: list[deque[tuple[Record, Bytes]]] = [deque() for _ in replica.layout.fragments]
 
-    def load_snapshot(self) -> None:
-        """Starts from the newest snapshot; the tail of the log follows."""
+    def load_snapshot(self) -> SnapshotState:
+        """Starts from the newest snapshot, and returns it; the tail of the log follows."""
         state = self.transport.snapshot()
         for fragment in self.replica.layout.fragments:
             p = fragment.index
@@ -31,6 +31,7 @@ class Follower:
             self.replica.load_(p, state.versions[p], torch.from_numpy(state.parameters[p].copy()), buffers)
             self._waiting[p].clear()
         self.index = state.index
+        return state
 
     def received_version(self, fragment: int) -> int:
         return self.replica.versions[fragment] + len(self._waiting[fragment])

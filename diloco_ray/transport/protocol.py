@@ -39,6 +39,7 @@ class SnapshotState:
     """The global model at one log index: flat float32 arrays, one per fragment, by name."""
 
     index: int
+    round: int  # rounds that were whole then
     versions: tuple[int, ...]
     parameters: tuple[np.ndarray, ...]
     buffers: tuple[tuple[np.ndarray, ...], ...]
