@@ -7,6 +7,7 @@ from typing import Literal, TypeVar
 from diloco_ray.coordination.data_ledger import DataLedger, Lease
 from diloco_ray.coordination.membership import Member, Members, names
 from diloco_ray.coordination.messages import Contribution, InnerPlan
+from diloco_ray.coordination.settings import Weighting
 
 Phase = Literal["gathering", "training", "waiting", "succeeded", "failed"]
 
@@ -28,7 +29,7 @@ class Rules:
     grace_s: float
     heartbeat_timeout_s: float
     waiting_timeout_s: float
-    weighting: Literal["uniform", "tokens"] = "uniform"
+    weighting: Weighting = "uniform"
     snapshot_every_rounds: int = 10
     max_norm_ratio: float = 100.0
 
