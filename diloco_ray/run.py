@@ -29,6 +29,7 @@ from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import save_snapshot
 from diloco_ray.model.build import build_model, parameter_shapes, trainable_parameters
+from diloco_ray.plan import check_fragments
 
 FORMAT_VERSION = 1
 DOCUMENT = "run.json"
@@ -66,7 +67,7 @@ class Run:
             max_islands=config.max_islands,
             uplink=sync.uplink,
             payload_bytes=tuple(uplink.num_bytes(fragment.num_values) for fragment in layout.fragments),
-            quorum=sync.quorum or config.min_islands,
+            quorum=config.quorum,
             grace_s=sync.grace_s,
             heartbeat_timeout_s=sync.heartbeat_timeout_s,
             waiting_timeout_s=sync.waiting_timeout_s,
@@ -125,6 +126,8 @@ def open_run(config: RunConfig, *, progress: Callable[[int, int | None], None] |
     document = _existing(store)
     if document:
         _check_same_run(store, document, config)
+    else:
+        check_fragments(config)
     shards = _open_data(config, progress)
     if document:
         _check_same_data(store, document, shards)
