@@ -15,6 +15,7 @@ from typing import Any
 from diloco_ray.algorithm.codecs import get_codec
 from diloco_ray.algorithm.fragments import Layout, partition
 from diloco_ray.algorithm.replica import Replica
+from diloco_ray.algorithm.settings import OuterSettings
 from diloco_ray.config import RunConfig, differences
 from diloco_ray.coordination.state import Rules
 from diloco_ray.coordinator.job import CoordinatorJob
@@ -78,7 +79,7 @@ class Run:
         return CoordinatorJob(
             rules=rules,
             layout=layout,
-            outer=config.outer,
+            outer=outer_of(self.document),
             downlink=sync.downlink,
             num_sequences=self.document["num_sequences"],
             sequence_length=config.data.sequence_length,
@@ -101,7 +102,7 @@ class Run:
             prepared_url=self.prepared_url,
             model=config.model,
             inner=config.inner,
-            outer=config.outer,
+            outer=outer_of(self.document),
             uplink=config.sync.uplink,
             downlink=config.sync.downlink,
             checkpoints_url=f"{checkpoints}/islands",
@@ -161,8 +162,14 @@ def _prepared_now(store: RunStore, url: str) -> str:
 
 def replica_of(document: Mapping[str, Any]) -> Replica:
     """An empty replica of the run that this document names."""
+    downlink = get_codec(document["config"]["sync"]["downlink"])
+    return Replica(Layout.from_dict(document["layout"]), outer_of(document).build(), downlink)
+
+
+def outer_of(document: Mapping[str, Any]) -> OuterSettings:
+    """Outer settings in numbers: for the islands that the run was begun with, or a replay would find others."""
     config = RunConfig.from_dict(document["config"])
-    return Replica(Layout.from_dict(document["layout"]), config.outer.build(), get_codec(config.sync.downlink))
+    return config.outer.for_islands(config.max_islands)
 
 
 # ---- refusals ----

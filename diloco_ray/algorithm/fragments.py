@@ -6,16 +6,19 @@ on every machine whatever the device and dtype of its model. It does not know wh
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from diloco_ray.errors import ConfigError, RunMismatchError
 from diloco_ray.ids import canonical_json, sha256_hex
+
+_LAYER = re.compile(r"(?:[^.]*\.)*?\d+(?=\.|$)")  # the shortest beginning of a name that ends in a number
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,23 @@ def _fragment_from(body: Mapping[str, Any]) -> Fragment:
     return Fragment(body["index"], tuple(slots))
 
 
-def partition(shapes: Mapping[str, tuple[int, ...]], num_fragments: int = 1) -> Layout:
-    """Cuts the tensors, in the order given, into num_fragments contiguous runs of about equal numbers of values.
+def partition(
+    shapes: Mapping[str, tuple[int, ...]],
+    num_fragments: int = 1,
+    how: Literal["sequential", "strided", "balanced"] = "sequential",
+) -> Layout:
+    """Cuts the tensors, given in model order, into num_fragments; within a fragment they keep that order.
 
-    Each run grows while that brings it nearer to its fair share of what is left, and leaves one tensor for every run
-    to come. Raises ConfigError when there are fewer tensors than fragments.
+    sequential: contiguous runs of about equal numbers of values. strided: fragment 0 is what lies outside the layers
+    (embeddings, final norm, head), and layer i is in fragment 1 + i mod (P - 1), after Streaming DiLoCo (arXiv
+    2501.18512). balanced: each tensor, the largest first, to the fragment with the fewest values so far,
+    after Decoupled DiLoCo (arXiv 2604.21428). One fragment is the whole model in model order, whichever way.
+
+    What lies outside the layers is often the largest fragment. As fragment 0 it is sent first, with the rest of the
+    round to travel in, and not last, when the round ends with it.
+
+    Raises ConfigError when a fragment would be empty: more fragments than tensors, or strided and fewer than P - 1
+    layers or nothing outside them.
     """
     if not 1 <= num_fragments <= len(shapes):
         raise ConfigError(
@@ -111,19 +126,64 @@ def partition(shapes: Mapping[str, tuple[int, ...]], num_fragments: int = 1) -> 
             where="num_fragments",
             remedy=f"choose 1 to {len(shapes)}" if shapes else "use a model with trainable parameters",
         )
-    names, sizes = list(shapes), [math.prod(shape) for shape in shapes.values()]
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    match how:
+        case "sequential":
+            groups = _sequential(sizes, num_fragments)
+        case "strided":
+            groups = _strided(sizes, num_fragments)
+        case "balanced":
+            groups = _balanced(sizes, num_fragments)
     fragments: list[Fragment] = []
-    first = 0
-    for index in range(num_fragments):
-        runs_left = num_fragments - index
-        fair_share = sum(sizes[first:]) / runs_left
-        stop, size = first + 1, sizes[first]
-        while len(sizes) - stop >= runs_left and abs(size + sizes[stop] - fair_share) <= abs(size - fair_share):
-            size += sizes[stop]
-            stop += 1
-        run = slice(first, stop)
-        placed = zip(names[run], accumulate(sizes[run], initial=0), sizes[run])
-        slots = tuple(TensorSlot(name, tuple(shapes[name]), offset, size) for name, offset, size in placed)
-        fragments.append(Fragment(index, slots))
-        first = stop
+    for index, names in enumerate(groups):
+        offsets = accumulate((sizes[name] for name in names), initial=0)
+        slots = (TensorSlot(name, tuple(shapes[name]), offset, sizes[name]) for name, offset in zip(names, offsets))
+        fragments.append(Fragment(index, tuple(slots)))
     return Layout(tuple(fragments))
+
+
+def _sequential(sizes: Mapping[str, int], num_fragments: int) -> list[list[str]]:
+    """Each run grows while that brings it nearer to its fair share of what is left; every later one keeps a tensor."""
+    names, left = list(sizes), sum(sizes.values())
+    groups: list[list[str]] = []
+    first = 0
+    for runs_left in range(num_fragments, 0, -1):
+        fair_share, stop, size = left / runs_left, first + 1, sizes[names[first]]
+        while len(names) - stop >= runs_left and abs(size + sizes[names[stop]] - fair_share) <= abs(size - fair_share):
+            size += sizes[names[stop]]
+            stop += 1
+        groups.append(names[first:stop])
+        first, left = stop, left - size
+    return groups
+
+
+def _strided(sizes: Mapping[str, int], num_fragments: int) -> list[list[str]]:
+    """A layer is a module whose name ends in the first number of its tensors' names, such as model.layers.3."""
+    if num_fragments == 1:
+        return [list(sizes)]
+    layer_of = {name: match[0] for name in sizes if (match := _LAYER.match(name))}
+    order = {layer: position for position, layer in enumerate(dict.fromkeys(layer_of.values()))}
+    if len(order) < num_fragments - 1 or len(layer_of) == len(sizes):
+        raise ConfigError(
+            f"num_fragments={num_fragments} strided needs {num_fragments - 1} layers or more, such as model.layers.0, "
+            f"and tensors outside them; this model has {len(order)} layers and {len(sizes) - len(layer_of)} tensors "
+            "outside them",
+            where="num_fragments",
+            remedy=(f"choose 1 to {len(order) + 1}, or " if order and len(layer_of) < len(sizes) else "choose 1, or ")
+            + "another partition: sequential or balanced",
+        )
+    groups: list[list[str]] = [[] for _ in range(num_fragments)]
+    for name in sizes:
+        groups[1 + order[layer_of[name]] % (num_fragments - 1) if name in layer_of else 0].append(name)
+    return groups
+
+
+def _balanced(sizes: Mapping[str, int], num_fragments: int) -> list[list[str]]:
+    """Greedy bin packing. Ties go to the earlier tensor, to the fragment with fewer tensors, to the lower index."""
+    members: list[set[str]] = [set() for _ in range(num_fragments)]
+    loads = [0] * num_fragments
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        lightest = min(range(num_fragments), key=lambda index: (loads[index], len(members[index])))
+        members[lightest].add(name)
+        loads[lightest] += sizes[name]
+    return [[name for name in sizes if name in group] for group in members]

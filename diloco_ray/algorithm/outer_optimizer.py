@@ -77,6 +77,33 @@ class Nesterov:
 
 
 @dataclass(frozen=True)
+class DelayedNesterov:
+    """acc <- acc + g,   theta <- theta - eps g / N,   but at every N-th step
+
+        m <- beta m + acc / N,   theta <- theta - eps (beta m + g / N),   acc <- 0.
+
+    Delayed Nesterov of Liu et al. (arXiv 2401.09135) with c = 0, for outer gradients that arrive one by one: N of them
+    add up to one Nesterov step on their mean, where momentum at every arrival would count each of them N times.
+    """
+
+    learning_rate: float
+    momentum: float
+    arrivals: int  # N
+    name: ClassVar[str] = "delayed_nesterov"
+    buffer_names: ClassVar[tuple[str, ...]] = ("momentum", "accumulated")
+
+    def step_(self, theta: Tensor, g: Tensor, buffers: tuple[Tensor, ...], step: int, scratch: Tensor) -> None:
+        m, acc = buffers
+        acc.add_(g)
+        torch.div(g, self.arrivals, out=scratch)
+        if step % self.arrivals == 0:
+            m.mul_(self.momentum).add_(acc.div_(self.arrivals))
+            scratch.add_(torch.mul(m, self.momentum, out=acc))
+            acc.zero_()
+        theta.sub_(scratch.mul_(self.learning_rate))
+
+
+@dataclass(frozen=True)
 class Adam:
     """m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2,
 

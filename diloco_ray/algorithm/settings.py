@@ -1,11 +1,15 @@
 """What a recipe says about the outer step, checked; it does not know the presets that choose among these."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from diloco_ray.algorithm.combine import COMBINES, Combine
-from diloco_ray.algorithm.outer_optimizer import SGD, Adam, HeavyBall, Nesterov, OuterOptimizer
+from diloco_ray.algorithm.outer_optimizer import SGD, Adam, DelayedNesterov, HeavyBall, Nesterov, OuterOptimizer
+
+# (most islands, eta): fitted for DiLoCo with Nesterov 0.9 at H = 30, whatever the model's size (arXiv 2503.09799).
+_RATES_BY_ISLANDS = ((1, 0.4), (4, 0.6))
+_RATE_OF_MORE_ISLANDS = 0.8
 
 
 class OuterSettings(BaseModel):
@@ -14,10 +18,23 @@ class OuterSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     combine: Literal["mean", "radial", "clipped_mean", "trimmed_mean", "median"] = "mean"
-    optimizer: Literal["nesterov", "sgd", "heavy_ball", "adam"] = "nesterov"
-    learning_rate: float = Field(default=0.7, gt=0, allow_inf_nan=False)
+    optimizer: Literal["nesterov", "sgd", "heavy_ball", "adam", "delayed_nesterov"] = "nesterov"
+    learning_rate: float | Literal["by_islands"] = 0.7
     momentum: float = Field(default=0.9, ge=0, lt=1)
     epsilon: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    arrivals: int | None = Field(default=None, ge=1, description="N of delayed Nesterov (default: number of islands)")
+    statistics: bool = Field(default=False, description="norms and cosines of the outer gradients in the events")
+
+    @field_validator("learning_rate", mode="before")
+    @classmethod
+    def _is_a_rate(cls, value: Any) -> Any:
+        try:
+            fits = value == "by_islands" or 0 < float(value) < float("inf")
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError("give a number above 0, or by_islands")
+        return value
 
     @property
     def combine_function(self) -> Combine:
@@ -28,7 +45,22 @@ class OuterSettings(BaseModel):
         """Whether a contribution's weight counts (with fewer than three, trimmed_mean is the mean)."""
         return self.combine not in ("trimmed_mean", "median")
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether all steps are one linear map of gradient and momentum, so that replicas can be stepped apart."""
+        return self.optimizer in ("nesterov", "sgd", "heavy_ball")
+
+    def for_islands(self, num_islands: int) -> "OuterSettings":
+        """The same with numbers for what depends on the number of islands: learning_rate and arrivals."""
+        rates = [rate for most, rate in _RATES_BY_ISLANDS if num_islands <= most]
+        learning_rate = (*rates, _RATE_OF_MORE_ISLANDS)[0] if self.learning_rate == "by_islands" else self.learning_rate
+        arrivals = num_islands if self.arrivals is None else self.arrivals
+        return self.model_copy(update={"learning_rate": learning_rate, "arrivals": arrivals})
+
     def build(self) -> OuterOptimizer:
+        """ValueError where a number is still to come from `for_islands`."""
+        if self.learning_rate == "by_islands":
+            raise ValueError("learning_rate=by_islands is no number yet: resolve it with for_islands")
         match self.optimizer:
             case "nesterov":
                 return Nesterov(self.learning_rate, self.momentum)
@@ -38,3 +70,7 @@ class OuterSettings(BaseModel):
                 return HeavyBall(self.learning_rate, self.momentum)
             case "adam":
                 return Adam(self.learning_rate, beta1=self.momentum, epsilon=self.epsilon)
+            case "delayed_nesterov":
+                if self.arrivals is None:
+                    raise ValueError("arrivals=None is no number yet: resolve it with for_islands")
+                return DelayedNesterov(self.learning_rate, self.momentum, self.arrivals)

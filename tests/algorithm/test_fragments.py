@@ -1,6 +1,8 @@
 """Fragments: every tensor has one place, and a round trip through the flat vectors changes nothing."""
 
 import json
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -102,3 +104,105 @@ def test_a_layout_survives_json_and_its_digest_tells_layouts_apart():
     assert again.digest() == layout.digest()
     assert layout.digest() != partition(SHAPES, 2).digest()
     assert layout.digest() != partition(SHAPES | {"head": (8, 50)}, 3).digest()
+
+
+# ---- other ways to cut ----
+
+TRANSFORMER = {
+    "model.embed_tokens.weight": (256, 16),
+    **{
+        f"model.layers.{layer}.{name}": shape
+        for layer in range(12)
+        for name, shape in (("attn.q.weight", (16, 16)), ("mlp.experts.0.weight", (16, 32)), ("norm.weight", (16,)))
+    },
+    "model.norm.weight": (16,),
+    "lm_head.weight": (256, 16),
+}
+
+
+def names_in(layout: Layout) -> list[list[str]]:
+    return [[slot.name for slot in fragment.slots] for fragment in layout.fragments]
+
+
+def assert_complete(layout: Layout, shapes: dict[str, tuple[int, ...]]):
+    """Every tensor once, end to end, in model order within its fragment."""
+    found = names_in(layout)
+    assert sorted(name for names in found for name in names) == sorted(shapes)
+    assert all(found)
+    assert [fragment.index for fragment in layout.fragments] == list(range(len(found)))
+    for fragment, names in zip(layout.fragments, found):
+        assert names == [name for name in shapes if name in set(names)]
+        ends = [0] + [slot.offset + slot.num_values for slot in fragment.slots]
+        assert [slot.offset for slot in fragment.slots] == ends[:-1]
+        assert all(slot.num_values == math.prod(slot.shape) == math.prod(shapes[slot.name]) for slot in fragment.slots)
+
+
+@pytest.mark.parametrize("how", ["sequential", "strided", "balanced"])
+def test_one_fragment_is_the_whole_model_in_order_whichever_way(how: Any):
+    for shapes in (SHAPES, TRANSFORMER, {"w": (3,)}):
+        assert names_in(partition(shapes, 1, how)) == [list(shapes)]
+
+
+def test_strided_fragments_hold_every_so_many_th_layer_and_the_first_what_is_outside():
+    layout = partition(TRANSFORMER, 5, "strided")
+    assert_complete(layout, TRANSFORMER)
+    outside, *strided = names_in(layout)
+    assert outside == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    layers = [list(dict.fromkeys(int(name.split(".")[2]) for name in names)) for names in strided]
+    assert layers == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
+    assert len({len(names) for names in strided}) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["wte", "h.7.w", "h.9.w", "ln"], [["wte", "ln"], ["h.7.w"], ["h.9.w"]]),  # order counts, not the number
+        (["in.w", "0.w", "2.w"], [["in.w"], ["0.w"], ["2.w"]]),
+        (["emb", "enc.0.w", "dec.0.w"], [["emb"], ["enc.0.w"], ["dec.0.w"]]),  # two stacks count on
+        (["emb", "h.0.w", "h.0.b", "h.1"], [["emb"], ["h.0.w", "h.0.b"], ["h.1"]]),
+        (["layer1.w", "2nd.w", "0.w", "1.w"], [["layer1.w", "2nd.w"], ["0.w"], ["1.w"]]),  # a number stands alone
+    ],
+    ids=str,
+)
+def test_a_layer_is_what_shares_the_first_number_of_its_name(names: list[str], groups: list[list[str]]):
+    assert names_in(partition(dict.fromkeys(names, (2, 2)), 3, "strided")) == groups
+
+
+@pytest.mark.parametrize(
+    ("names", "num_fragments", "said"),
+    [
+        (["emb", "h.0.w", "h.0.b", "h.1.w"], 4, "needs 3 layers .* has 2 layers and 1 tensors .*choose 1 to 3, or"),
+        (["emb", "mid", "head"], 2, "has 0 layers and 3 tensors .*choose 1, or another partition"),
+        (["0.w", "1.w", "2.w"], 2, "has 3 layers and 0 tensors .*choose 1, or another partition"),
+    ],
+    ids=str,
+)
+def test_strided_fragments_that_would_be_empty_are_refused(names: list[str], num_fragments: int, said: str):
+    with pytest.raises(ConfigError, match=f"(?s)num_fragments={num_fragments} strided .*{said}"):
+        partition(dict.fromkeys(names, (2, 2)), num_fragments, "strided")
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=40), st.data())
+def test_balanced_fragments_differ_by_no_more_than_a_tensor(sizes: list[int], data: st.DataObject):
+    num_fragments = data.draw(st.integers(1, len(sizes)))
+    shapes = {f"t{i}": (size,) for i, size in enumerate(sizes)}
+    layout = partition(shapes, num_fragments, "balanced")
+    assert_complete(layout, shapes)
+    loads = [fragment.num_values for fragment in layout.fragments]
+    for fragment in layout.fragments:  # without its smallest tensor, packed last, it was the lightest
+        assert fragment.num_values - min(slot.num_values for slot in fragment.slots) <= min(loads)
+
+
+def test_balanced_packing_by_hand():
+    shapes = {"a": (3,), "b": (9,), "c": (4,), "d": (4,), "e": (2,), "f": (5,)}
+    # b 9 | f 5 | c 4 | d 4 to c's | a 3 to f's | e 2: f and a are 8, c and d are 8, the lower index has it
+    assert names_in(partition(shapes, 3, "balanced")) == [["b"], ["a", "e", "f"], ["c", "d"]]
+
+
+def test_balanced_fragments_are_nearer_to_equal_than_runs_of_the_model():
+    def spread(how: Any) -> int:
+        loads = [fragment.num_values for fragment in partition(TRANSFORMER, 6, how).fragments]
+        return max(loads) - min(loads)
+
+    assert spread("balanced") < spread("sequential")

@@ -1,6 +1,7 @@
 """The mathematics around a replica: the outer gradient, the outer optimizers and their settings."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from diloco_ray.algorithm import outer_gradient
 from diloco_ray.algorithm.codecs import CODEC_NAMES, get_codec
 from diloco_ray.algorithm.combine import COMBINES
 from diloco_ray.algorithm.outer_gradient import encode_outer_gradient_, inspect_payload
-from diloco_ray.algorithm.outer_optimizer import SGD, Adam, HeavyBall, Nesterov, OuterOptimizer
+from diloco_ray.algorithm.outer_optimizer import SGD, Adam, DelayedNesterov, HeavyBall, Nesterov, OuterOptimizer
 from diloco_ray.algorithm.settings import OuterSettings
 
 
@@ -105,13 +106,31 @@ class TestOuterOptimizer:
         Nesterov(0.5, 0.5).step_(theta, torch.tensor([g]), (b,), 2, torch.empty(1))
         assert (b.item(), theta.item()) == (1.5, -0.75 - 0.5 * (1.0 + 0.5 * 1.5))
 
+    def test_delayed_nesterov_by_hand(self):
+        theta, buffers = torch.zeros(1), (torch.zeros(1), torch.zeros(1))
+        found: list[tuple[float, float, float]] = []
+        for step, g in enumerate((4.0, 2.0, -2.0, 6.0), start=1):
+            DelayedNesterov(0.5, 0.5, 2).step_(theta, torch.tensor([g]), buffers, step, torch.empty(1))
+            found.append((theta.item(), buffers[0].item(), buffers[1].item()))
+        # theta falls by eps g / N = g / 4; at steps 2 and 4 m becomes 0 / 2 + 6 / 2 = 3, then 3 / 2 + 4 / 2 = 3.5,
+        # and theta falls by eps beta m = m / 4 more
+        assert found == [(-1.0, 0.0, 4.0), (-1.5 - 0.75, 3.0, 0.0), (-1.75, 3.0, -2.0), (-3.25 - 0.875, 3.5, 0.0)]
+
+    @pytest.mark.parametrize("arrivals", [1, 2, 5])
+    def test_delayed_nesterov_adds_up_to_nesterov_on_the_mean_of_its_arrivals(self, arrivals: int):
+        means = [torch.stack(GRADIENTS[i : i + arrivals]).mean(0) for i in range(0, 20, arrivals)]
+        delayed = run(DelayedNesterov(0.4, 0.8, arrivals), THETA, GRADIENTS, 1000)
+        torch.testing.assert_close(delayed, run(Nesterov(0.4, 0.8), THETA, means, 1000), rtol=0, atol=2e-5)
+
     def test_sgd_at_one_is_federated_averaging(self):
         islands = [gaussian(1000, seed) for seed in (7, 8, 9)]
         mean = sum(THETA - island for island in islands) / 3
         theta = run(SGD(1.0), THETA, [mean], 1000)
         torch.testing.assert_close(theta, sum(islands[1:], islands[0]) / 3, rtol=0, atol=2e-6)
 
-    @pytest.mark.parametrize("optimizer", [SGD(), Nesterov(), HeavyBall(), Adam(0.1)], ids=str)
+    @pytest.mark.parametrize(
+        "optimizer", [SGD(), Nesterov(), HeavyBall(), Adam(0.1), DelayedNesterov(0.7, 0.9, 3)], ids=str
+    )
     def test_the_length_of_chunks_changes_no_bit(self, optimizer: OuterOptimizer):
         whole = run(optimizer, THETA, GRADIENTS, 1000)
         for chunk in (7, 256):
@@ -124,11 +143,48 @@ class TestSettings:
 
     def test_every_optimizer_is_built_by_name_with_its_numbers(self):
         built = {
-            name: OuterSettings(optimizer=name, learning_rate=0.3, momentum=0.8, epsilon=0.2).build()
-            for name in ("sgd", "heavy_ball", "nesterov", "adam")
+            name: OuterSettings(optimizer=name, learning_rate=0.3, momentum=0.8, epsilon=0.2, arrivals=5).build()
+            for name in ("sgd", "heavy_ball", "nesterov", "adam", "delayed_nesterov")
         }
-        assert list(built.values()) == [SGD(0.3), HeavyBall(0.3, 0.8), Nesterov(0.3, 0.8), Adam(0.3, 0.8, 0.95, 0.2)]
+        assert list(built.values()) == [
+            SGD(0.3),
+            HeavyBall(0.3, 0.8),
+            Nesterov(0.3, 0.8),
+            Adam(0.3, 0.8, 0.95, 0.2),
+            DelayedNesterov(0.3, 0.8, 5),
+        ]
         assert {name: optimizer.name for name, optimizer in built.items()} == {name: name for name in built}
+
+    @pytest.mark.parametrize(
+        ("num_islands", "rate"), [(1, 0.4), (2, 0.6), (3, 0.6), (4, 0.6), (5, 0.8), (8, 0.8), (64, 0.8)]
+    )
+    def test_the_rate_by_islands_is_the_papers(self, num_islands: int, rate: float):
+        by_islands = OuterSettings(learning_rate="by_islands", optimizer="delayed_nesterov")
+        resolved = by_islands.for_islands(num_islands)
+        assert resolved.build() == DelayedNesterov(rate, 0.9, num_islands)
+        assert resolved.for_islands(3) == resolved
+
+    def test_numbers_that_were_given_do_not_depend_on_the_islands(self):
+        given = OuterSettings(learning_rate=0.3, optimizer="delayed_nesterov", arrivals=7)
+        assert given.for_islands(2).build() == given.build() == DelayedNesterov(0.3, 0.9, 7)
+
+    @pytest.mark.parametrize("fields", [{"learning_rate": "by_islands"}, {"optimizer": "delayed_nesterov"}], ids=str)
+    def test_what_is_not_a_number_yet_builds_nothing(self, fields: dict[str, Any]):
+        with pytest.raises(ValueError, match="resolve it with for_islands"):
+            OuterSettings(**fields).build()
+
+    def test_a_rate_may_be_written_as_yaml_reads_it(self):
+        assert OuterSettings.model_validate({"learning_rate": "1e-3"}).learning_rate == 1e-3
+        assert OuterSettings.model_validate({"learning_rate": 1}).build() == Nesterov(1.0, 0.9)
+
+    @pytest.mark.parametrize("name", ["sgd", "heavy_ball", "nesterov", "adam", "delayed_nesterov"])
+    def test_an_optimizer_is_linear_if_steps_along_two_gradients_add_up(self, name: Any):
+        outer = OuterSettings(optimizer=name, learning_rate=0.5, arrivals=3)
+        apart = [run(outer.build(), torch.zeros(1000), GRADIENTS[i : i + 6], 1000) for i in (0, 6)]
+        sums = [g + h for g, h in zip(GRADIENTS[:6], GRADIENTS[6:12])]
+        adds_up = torch.allclose(run(outer.build(), torch.zeros(1000), sums, 1000), apart[0] + apart[1], atol=1e-5)
+        assert adds_up or not outer.is_linear
+        assert outer.is_linear == (adds_up and name != "delayed_nesterov")  # its steps are not all alike
 
     def test_every_combine_is_chosen_by_its_name(self):
         assert OuterSettings().combine_function is COMBINES["mean"]
@@ -140,6 +196,10 @@ class TestSettings:
         [
             {"learning_rate": 0},
             {"learning_rate": math.inf},
+            {"learning_rate": math.nan},
+            {"learning_rate": "by_island"},
+            {"learning_rate": None},
+            {"arrivals": 0},
             {"momentum": 1.0},
             {"momentum": -0.1},
             {"epsilon": 0},

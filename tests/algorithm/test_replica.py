@@ -13,11 +13,11 @@ from diloco_ray.algorithm.codecs import CODEC_NAMES, get_codec
 from diloco_ray.algorithm.combine import COMBINES, Combine, mean
 from diloco_ray.algorithm.fragments import Layout, partition
 from diloco_ray.algorithm.outer_gradient import encode_outer_gradient_
-from diloco_ray.algorithm.outer_optimizer import SGD, Adam, HeavyBall, Nesterov, OuterOptimizer
+from diloco_ray.algorithm.outer_optimizer import SGD, Adam, DelayedNesterov, HeavyBall, Nesterov, OuterOptimizer
 from diloco_ray.algorithm.replica import Replica, StateDigest
 
 LAYOUT = partition({"embed": (301, 16), "body": (80, 80), "head": (16, 301), "bias": (7,)}, 2)
-OPTIMIZERS = [SGD(), Nesterov(), HeavyBall(), Adam(0.1)]
+OPTIMIZERS = [SGD(), Nesterov(), HeavyBall(), Adam(0.1), DelayedNesterov(0.7, 0.9, 2)]
 
 
 def pattern(num_values: int, salt: int) -> torch.Tensor:
@@ -111,6 +111,7 @@ def test_the_number_of_threads_changes_no_bit(optimizer: OuterOptimizer, codec: 
         ("float16", HeavyBall(0.7, 0.9), "c11b37fa549d26ef4d03cb0c9ea68013", "a8aa1c58509828484829945fcb1c112c"),
         ("int8", Nesterov(0.7, 0.9), "4aab21c498561e1585f634383ab4cf49", "cd973cd05c6e8a2233b60496946177b8"),
         ("int4", Nesterov(0.7, 0.9), "c10114d1f955259db8b817f7c2794c96", "840acd218daac357f7d18ced620b1c12"),
+        ("int8", DelayedNesterov(0.7, 0.9, 3), "cf7c988c4224e0a49bd93e53fdcd51e7", "aa364688a2c7d3b10472e2509d452abe"),
         ("int4", Adam(0.1), "7e779d62d6d67cfa4e462b1afe1ad525", "d4d4a4ed8ae4f660ff4556a2196e9117"),
         ("e3m0", Nesterov(0.7, 0.9), "644b062ab458df9b90477b58938d70cc", "50d94baea57d75276a10e176deacb0b5"),
         ("ternary", Nesterov(0.7, 0.9), "f7329e4b841dad18a225008b885c1fa0", "322411eb3ea9dbeea583e8e1b8796941"),

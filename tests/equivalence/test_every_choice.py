@@ -8,6 +8,7 @@ import torch
 
 from diloco_ray.algorithm.codecs import CODEC_NAMES, get_codec
 from diloco_ray.algorithm.combine import COMBINES
+from diloco_ray.algorithm.settings import OuterSettings
 from diloco_ray.config import RunConfig
 from diloco_ray.errors import ConfigError, RunMismatchError
 from diloco_ray.log.record import Record
@@ -60,3 +61,16 @@ def test_weights_that_would_not_count_are_refused(tiny: dict[str, Any], name: st
     with pytest.raises(ConfigError, match=f"sync.weighting=tokens with outer.combine={name}"):
         RunConfig.from_dict(tiny, ["sync.weighting=tokens", f"outer.combine={name}"])
     assert RunConfig.from_dict(tiny, ["sync.weighting=tokens", "outer.combine=radial"]).outer.combine == "radial"
+
+
+def test_numbers_that_follow_from_the_islands_stay_when_islands_change(tiny: dict[str, Any]) -> None:
+    """A rate of 0.6 for two islands and a momentum at every second outer step, also after a resume with five."""
+    chosen = ("outer.learning_rate=by_islands", "outer.optimizer=delayed_nesterov", "inner.steps_per_round=2")
+    run = open_run(RunConfig.from_dict(tiny, ["islands=2", "rounds=2", *chosen]))
+    train_in_process(run)
+    run = open_run(RunConfig.from_dict(tiny, ["islands=[2, 5]", "rounds=6", *chosen]))
+    expected = OuterSettings(learning_rate=0.6, optimizer="delayed_nesterov", arrivals=2)
+    assert run.coordinator_job().outer == run.island_job().outer == expected
+    assert train_in_process(run).state.phase == "succeeded"
+    assert verify(run.store, replica_of).problems == ()
+    assert replica_of(run.document).optimizer == expected.build()
