@@ -46,12 +46,24 @@ def main() -> None:
 def _config(recipe: str, overrides: list[str], name: str | None = None) -> Any:
     from diloco_ray.config import RunConfig
 
-    return RunConfig.from_yaml(recipe, [*overrides, *([f"name={name}"] if name else [])])
+    return RunConfig.from_yaml(recipe, _overrides(overrides, name))
+
+
+def _overrides(overrides: list[str], name: str | None) -> list[str]:
+    return [*overrides, *([f"name={name}"] if name else [])]
 
 
 @app.command()
-def train(recipe: Recipe, set_: Set = [], name: Name = None) -> None:  # noqa: B006
+def train(
+    recipe: Recipe,
+    set_: Set = [],  # noqa: B006
+    name: Name = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan, as `plan` does.")] = False,
+) -> None:
     """Train, or go on with, the run that a recipe describes."""
+    if dry_run:
+        plan(recipe, set_, name)
+        return
     try:
         train_recipe(_config(recipe, set_, name))
     except KeyboardInterrupt:
@@ -80,6 +92,31 @@ def train_recipe(config: Any) -> None:
     print(f"  diloco-ray verify {folder}")
     print(f"  diloco-ray sample {folder} --prompt {config.evaluation.prompt!r}")
     print(f"  diloco-ray export {folder} --to {folder}/export")
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    set_: Set = [],  # noqa: B006
+    name: Name = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document, with every field.")] = False,
+) -> None:
+    """Print what a recipe comes to: its preset in numbers, rounds, fragments, bytes. Nothing is prepared or started."""
+    from diloco_ray.config import RunConfig, layered
+    from diloco_ray.plan import plan_of, plan_parts
+    from diloco_ray.presets import read_recipe
+
+    body, overrides = read_recipe(recipe), _overrides(set_, name)
+    config = RunConfig.from_dict(body, overrides, where=recipe)
+    document = plan_of(config, layered(body, overrides).sources)
+    if as_json:
+        print(json.dumps(document, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False)
+    for part in plan_parts(document):
+        console.print(part)
 
 
 @app.command()

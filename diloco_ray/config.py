@@ -5,21 +5,22 @@ Each room owns its settings; here they are composed and checked against each oth
 
 import difflib
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from diloco_ray.algorithm.codecs import CODEC_NAMES
 from diloco_ray.algorithm.settings import OuterSettings
-from diloco_ray.coordination.settings import SyncSettings
+from diloco_ray.coordination.settings import ExperimentSettings, SyncSettings
 from diloco_ray.data.settings import DataSettings
 from diloco_ray.errors import ConfigError
 from diloco_ray.ids import canonical_json, sha256_hex
 from diloco_ray.island.settings import InnerSettings
 from diloco_ray.model.settings import ModelSettings
+from diloco_ray.presets import Resolved, flatten, read_recipe, resolve
+
+LINEAR = ("nesterov", "sgd", "heavy_ball")  # outer optimizers whose step on a sum is the sum of the steps
 
 # What may differ when a run is taken up again; every other field is part of what the run is.
 CHANGEABLE = (
@@ -35,8 +36,12 @@ CHANGEABLE = (
     "inner.compile",
     "inner.checkpoint_every_rounds",
     "inner.checkpoints",
+    "sync.preset",
     "sync.quorum",
     "sync.grace_s",
+    "sync.grace_share",
+    "sync.launch_interval_s",
+    "sync.max_staleness",
     "sync.heartbeat_every_s",
     "sync.heartbeat_timeout_s",
     "sync.join_timeout_s",
@@ -44,6 +49,7 @@ CHANGEABLE = (
     "sync.stall_timeout_s",
     "sync.coordinator_timeout_s",
     "sync.max_norm_ratio",
+    "experiment.speeds",
 )
 
 
@@ -103,6 +109,7 @@ class RunConfig(BaseModel):
     inner: InnerSettings = InnerSettings()  # type: ignore[call-arg]
     outer: OuterSettings = OuterSettings()
     sync: SyncSettings = SyncSettings()  # type: ignore[call-arg]
+    experiment: ExperimentSettings = ExperimentSettings()  # type: ignore[call-arg]
     evaluation: EvaluationSettings = EvaluationSettings()  # type: ignore[call-arg]
     storage: StorageSettings = StorageSettings()  # type: ignore[call-arg]
     cluster: ClusterSettings = ClusterSettings()  # type: ignore[call-arg]
@@ -120,19 +127,48 @@ class RunConfig(BaseModel):
         if not 1 <= least <= most:
             raise ValueError(f"islands={list(self.islands)}: choose [least, most] with 1 <= least <= most")
         for field in ("uplink", "downlink"):
-            name = getattr(self.sync, field)
+            name: str = getattr(self.sync, field)
             if name not in CODEC_NAMES:
-                raise ValueError(f"sync.{field}={name} is no codec; choose one of {', '.join(CODEC_NAMES)}")
+                near = difflib.get_close_matches(name, CODEC_NAMES, n=1, cutoff=0.0)[0]
+                raise ValueError(f"sync.{field}={name} is no codec; did you mean {near}? {', '.join(CODEC_NAMES)}")
         if self.sync.weighting != "uniform" and not self.outer.uses_weights:
             pair = f"sync.weighting={self.sync.weighting} with outer.combine={self.outer.combine}"
             raise ValueError(f"{pair}: its values have no weights; choose sync.weighting=uniform or another combine")
-        quorum = self.sync.quorum
-        if quorum is not None and not least <= quorum <= most:
-            raise ValueError(f"sync.quorum={quorum} lies outside islands={list(self.islands)}; choose one inside")
-        if self.sync.heartbeat_timeout_s < 2 * self.sync.heartbeat_every_s:
-            pair = f"sync.heartbeat_timeout_s={self.sync.heartbeat_timeout_s:g}"
-            raise ValueError(f"{pair} is under two beats; choose at least {2 * self.sync.heartbeat_every_s:g}")
+        least = 1 if self.sync.closes == "quorum" else least
+        if not least <= self.quorum <= most:
+            where = f"lies outside islands={list(self.islands)}"
+            raise ValueError(f"sync.quorum={self.quorum} {where}; choose one from {least} to {most}")
+        self._overlap_fits()
+        self._experiment_fits()
         return self
+
+    def _overlap_fits(self) -> None:
+        overlap, steps = self.sync.overlap, self.inner.steps_per_round
+        given = f"sync.overlap={overlap} with inner.steps_per_round={steps}"
+        if overlap > steps:
+            raise ValueError(f"{given}: an overlap is no longer than a round; choose sync.overlap from 0 to {steps}")
+        if not self.sync.eager:
+            return
+        if overlap != steps:
+            raise ValueError(f"{given}: an eager update takes a whole round; set sync.overlap={steps}")
+        if self.outer.combine != "mean":
+            why = "the own part of a step is its share of the mean"
+            raise ValueError(f"sync.eager with outer.combine={self.outer.combine}: {why}; set outer.combine=mean")
+        if self.outer.optimizer not in LINEAR:
+            why = "a step in two parts is not the step of their sum"
+            what = f"sync.eager with outer.optimizer={self.outer.optimizer}: {why}"
+            raise ValueError(f"{what}; choose one of {', '.join(LINEAR)}")
+
+    def _experiment_fits(self) -> None:
+        experiment = self.experiment
+        disturbed = [
+            f"experiment.{field}={getattr(experiment, field)}"
+            for field, undisturbed in (("drop_probability", 0.0), ("islands_by_round", "constant"))
+            if getattr(experiment, field) != undisturbed
+        ]
+        if disturbed and self.sync.closes != "all":
+            what = f"{' and '.join(disturbed)} with sync.closes={self.sync.closes}"
+            raise ValueError(f"{what}: only defined where a round has an end for all; set sync.closes=all")
 
     @field_validator("name")
     @classmethod
@@ -150,6 +186,11 @@ class RunConfig(BaseModel):
         return self.islands[1]
 
     @property
+    def quorum(self) -> int:
+        """Contributions that start the grace window of an outer step."""
+        return self.sync.quorum or (1 if self.sync.closes == "quorum" else self.min_islands)
+
+    @property
     def num_inner_steps(self) -> int:
         """Global inner steps of the run, the horizon of the learning-rate schedule."""
         return self.rounds * self.inner.steps_per_round
@@ -165,72 +206,48 @@ class RunConfig(BaseModel):
             return self.data.prepared
         return f"{self.storage.path.rstrip('/')}/data/{sha256_hex(canonical_json(self.data.content()))[:12]}"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_in_numbers(cls, body: Any) -> Any:
+        return resolve(cast(Mapping[str, Any], body), (), default_of).body if isinstance(body, Mapping) else body
+
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> "RunConfig":
         """Reads a recipe; overrides are `section.field=value` with a YAML value. The name defaults to the file's."""
-        file = Path(path).expanduser()
-        if not file.is_file():
-            raise ConfigError(
-                f"no recipe at {file}", where=str(file), remedy="name a YAML file such as jobs/quickstart.yaml"
-            )
-        try:
-            body: Any = yaml.safe_load(file.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise ConfigError(f"not YAML: {error}", where=str(file), remedy="mend the line named above") from error
-        if not isinstance(body, dict):
-            raise ConfigError("a recipe is a mapping of sections", where=str(file), remedy="see jobs/quickstart.yaml")
-        recipe = {"name": file.stem, **cast(dict[str, Any], body)}
-        return cls.from_dict(recipe, overrides, where=str(file))
+        return cls.from_dict(read_recipe(path), overrides, where=str(path))
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any], overrides: Iterable[str] = (), *, where: str = "") -> "RunConfig":
-        merged = deepcopy(dict(body))
-        for override in overrides:
-            _set(merged, override)
+        """The run that a recipe and its overrides describe, its preset written out in numbers."""
         try:
-            return cls.model_validate(merged)
+            return cls.model_validate(layered(body, overrides).body)
         except ValidationError as error:
             raise _explain(error, where) from None
 
     def identity(self) -> dict[str, Any]:
         """The fields that make the run what it is, flat: a resumed run must have the same."""
-        flat = _flatten(self.model_dump(mode="json"))
+        flat = flatten(self.model_dump(mode="json"))
         return {k: v for k, v in flat.items() if not any(k == c or k.startswith(f"{c}.") for c in CHANGEABLE)}
+
+
+def layered(recipe: Mapping[str, Any], overrides: Iterable[str] = ()) -> Resolved:
+    """The recipe with its preset and overrides in it, not validated, and where each field comes from."""
+    return resolve(recipe, overrides, default_of)
+
+
+def default_of(path: str) -> Any:
+    """The default of a field, by its path."""
+    model: Any = RunConfig
+    *sections, field = path.split(".")
+    for section in sections:
+        model = model.model_fields[section].annotation
+    return model.model_fields[field].default
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """One line per field that differs between two identities."""
     keys = sorted({*old, *new})
     return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
-
-
-def _set(body: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"override {override!r} is not field=value", remedy="write it like outer.learning_rate=0.6")
-    *sections, field = path.strip().split(".")
-    for section in sections:
-        inner: Any = body.setdefault(section, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(
-                f"{section} in override {override!r} is not a section", remedy="name a field of a section"
-            )
-        body = cast(dict[str, Any], inner)
-    try:
-        body[field] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of override {override!r} is not YAML", remedy=f"quote it: {error}") from error
-
-
-def _flatten(body: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in body.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            flat |= _flatten(cast(dict[str, Any], value), f"{path}.")
-        else:
-            flat[path] = value
-    return flat
 
 
 def _explain(error: ValidationError, where: str) -> ConfigError:
@@ -247,8 +264,11 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
         else:
             whole = item["type"] == "missing" or isinstance(item["input"], dict)
             given = "" if whole else f" (given: {item['input']!r})"
-            text = item["msg"].removeprefix("Value error, ")
+            text, _, remedy = item["msg"].removeprefix("Value error, ").rpartition("; ")
+            if not text:
+                text, remedy = remedy, ""
             lines.append(f"{path}: {text}{given}" if path else text)
+            remedies += [remedy] if remedy else []
     what = "; ".join(lines)
     return ConfigError(what, where=where, remedy="; ".join(remedies) or "change the value as said above")
 

@@ -17,6 +17,7 @@ from diloco_ray.algorithm.fragments import Layout, partition
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.algorithm.settings import OuterSettings
 from diloco_ray.config import RunConfig, differences
+from diloco_ray.coordination.plans import islands_by_round
 from diloco_ray.coordination.state import Rules
 from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.data.prepare import prepare
@@ -30,6 +31,7 @@ from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import save_snapshot
 from diloco_ray.model.build import build_model, parameter_shapes, trainable_parameters
+from diloco_ray.plan import check_fragments
 
 FORMAT_VERSION = 1
 DOCUMENT = "run.json"
@@ -67,7 +69,7 @@ class Run:
             max_islands=config.max_islands,
             uplink=sync.uplink,
             payload_bytes=tuple(uplink.num_bytes(fragment.num_values) for fragment in layout.fragments),
-            quorum=sync.quorum or config.min_islands,
+            quorum=config.quorum,
             grace_s=sync.grace_s,
             heartbeat_timeout_s=sync.heartbeat_timeout_s,
             waiting_timeout_s=sync.waiting_timeout_s,
@@ -106,6 +108,11 @@ class Run:
             checkpoints_url=f"{checkpoints}/islands",
         )
 
+    def speed_of(self, number: int) -> float:
+        """Of this island, relative to the others: an experiment's wish."""
+        speeds = self.config.experiment.speeds
+        return speeds[number] if number < len(speeds) else 1.0
+
     def evaluation_plan(self) -> EvaluationPlan:
         settings = self.config.evaluation
         return EvaluationPlan(
@@ -125,6 +132,8 @@ def open_run(config: RunConfig, *, progress: Callable[[int, int | None], None] |
     document = _existing(store)
     if document:
         _check_same_run(store, document, config)
+    else:
+        check_fragments(config)
     shards = _open_data(config, progress)
     if document:
         _check_same_data(store, document, shards)

@@ -135,6 +135,23 @@ def is_dropped(rules: Rules, island: str, round: int) -> bool:
     return mine < rules.drop_probability and mine < max(luck.values())
 
 
+def islands_by_round(schedule: str, num_islands: int, num_rounds: int) -> tuple[int, ...]:
+    """The compute schedules of DiLoCo (arXiv 2311.08105, "Adaptive compute pool"): how many islands train, by round."""
+    half = max(1, num_islands // 2)
+    rounds = range(num_rounds)
+    match schedule:
+        case "doubling":
+            return tuple(half if 2 * round < num_rounds else num_islands for round in rounds)
+        case "halving":
+            return tuple(num_islands if 2 * round < num_rounds else half for round in rounds)
+        case "ramp_up":
+            return tuple(1 + round * num_islands // num_rounds for round in rounds)
+        case "ramp_down":
+            return tuple(num_islands - round * num_islands // num_rounds for round in rounds)
+        case _:
+            return ()
+
+
 def _luck(seed: int, island: str, round: int) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}/drop/{island}/{round}".encode()).digest()[:6], "little") / 2**48
 

@@ -1,9 +1,13 @@
-"""How islands and coordinator agree: what a recipe says under `sync`."""
+"""How islands and coordinator agree: what a recipe says under `sync`, and under `experiment` what disturbs them.
 
-from typing import Literal
+A preset (`diloco_ray.presets`) is a name for some of these numbers; nothing below a recipe reads the name.
+"""
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Preset = Literal["diloco", "fedavg", "streaming", "delayed", "eager", "async", "decoupled", "data_parallel"]
 Closes = Literal["all", "quorum", "arrival"]
 Weighting = Literal["uniform", "tokens", "tokens_squared_per_step", "examples"]
 
@@ -13,14 +17,41 @@ class SyncSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    preset: Preset = Field("diloco", description="name of the algorithm: a few of the fields here at once")
     uplink: str = Field("int8", description="codec of the islands' outer gradients")
     downlink: str = Field("int8", description="codec of the combined outer gradient, which is what the log keeps")
+    error_feedback: float | None = Field(
+        None, gt=0, le=1, description="beta: share of what the uplink's codec lost that the next round sends again"
+    )
+    downlink_error_feedback: bool = Field(False, description="what the downlink's codec lost joins the next outer step")
     fragments: int = Field(1, ge=1, description="parts of the model that take outer steps of their own")
-    weighting: Literal["uniform", "tokens"] = Field("uniform", description="of a contribution when combined")
+    partition: Literal["sequential", "strided", "balanced"] = Field(
+        "sequential", description="how tensors are put into fragments: runs of them | layers in turn | equal sizes"
+    )
+    offsets: Literal["spread", "together"] = Field(
+        "spread", description="when in a round fragments are sent: evenly over it, the last at its end | all at its end"
+    )
+    overlap: int = Field(0, ge=0, description="tau: inner steps from sending a fragment to merging its outer step")
+    mixing: float = Field(0.0, ge=0, le=1, description="alpha: share of the island's own values kept at a merge")
+    eager: bool = Field(False, description="an island takes its own part of the next outer step at once")
+    closes: Closes = Field(
+        "all", description="an outer step is taken when all live islands are in | a quorum is | one arrives"
+    )
+    weighting: Weighting = Field("uniform", description="of a contribution when combined")
+    anchor: Literal["base", "present"] = Field(
+        "base", description="what an outer gradient is measured from when the fragment has moved on meanwhile"
+    )
     quorum: int | None = Field(
-        None, ge=1, description="contributions that start the grace window (default: islands' min)"
+        None, ge=1, description="contributions that start the grace window (default: islands' min; 1 if closes=quorum)"
     )
     grace_s: float = Field(600.0, gt=0, description="how long late islands are waited for once the quorum is in")
+    grace_share: float = Field(
+        0.9, ge=0, le=1, description="gamma: of the slack that the overlap leaves, how much the grace window may take"
+    )
+    launch_interval_s: float | None = Field(
+        None, ge=0, description="least time between outer steps of one fragment (default: a round's, as measured)"
+    )
+    max_staleness: int = Field(64, ge=0, description="outer steps of its fragment that a contribution may lag behind")
     heartbeat_every_s: float = Field(2.0, gt=0)
     heartbeat_timeout_s: float = Field(60.0, gt=0, description="silence after which an island counts as lost")
     join_timeout_s: float = Field(120.0, gt=0, description="wait for expected islands at a start before going without")
@@ -28,3 +59,34 @@ class SyncSettings(BaseModel):
     stall_timeout_s: float = Field(1800.0, gt=0, description="an island whose inner loop stands still ends itself")
     coordinator_timeout_s: float = Field(600.0, gt=0, description="how long an island waits for a silent coordinator")
     max_norm_ratio: float = Field(100.0, gt=1, description="an outer gradient this much above the median is refused")
+
+    @model_validator(mode="after")
+    def _fields_fit_each_other(self) -> "SyncSettings":
+        if self.heartbeat_timeout_s < 2 * self.heartbeat_every_s:
+            least = 2 * self.heartbeat_every_s
+            raise ValueError(
+                f"heartbeat_timeout_s={self.heartbeat_timeout_s:g} is under two beats; choose at least {least:g}"
+            )
+        if self.downlink == "topk":
+            raise ValueError("downlink=topk: a combined outer gradient is dense; choose topk as sync.uplink only")
+        if self.closes == "arrival" and self.fragments > 1:
+            raise ValueError(
+                f"closes=arrival with fragments={self.fragments}: every arrival steps the whole model; "
+                "choose sync.fragments=1, or sync.closes=quorum"
+            )
+        return self
+
+
+class ExperimentSettings(BaseModel):
+    """What the papers disturbed on purpose (arXiv 2311.08105, section 3): nothing, unless a recipe says so."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    drop_probability: float = Field(0.0, ge=0, lt=1, description="that an island's contribution is lost; it trains on")
+    speeds: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (), description="of island 0, 1, ..: 0.25 takes four times as long for a step; 1 where none is given"
+    )
+    islands_by_round: Literal["constant", "doubling", "halving", "ramp_up", "ramp_down"] = Field(
+        "constant",
+        description="how many of the islands train: all | half, then all | all, then half | from one | to one",
+    )

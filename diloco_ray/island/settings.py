@@ -11,6 +11,9 @@ class InnerSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps_per_round: int = Field(100, ge=1, description="H: inner steps between two outer steps")
+    steps: Literal["fixed", "by_speed"] = Field(
+        "fixed", description="H for every island | floor(v / v_max H) at its speed v (DyLU, arXiv 2401.09135)"
+    )
     batch_size: int = Field(8, ge=1, description="sequences per inner step and island")
     accumulate: int = Field(1, ge=1, description="equal parts that a batch is computed in")
     optimizer: Literal["adamw", "sgd"] = "adamw"

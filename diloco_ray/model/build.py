@@ -40,15 +40,32 @@ def build_model(settings: ModelSettings, *, seed: int, vocab_size: int, eos_toke
     """
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
-        if settings.config is not None:
-            model = _from_config(settings.config, vocab_size, eos_token_id)
-        elif settings.path is not None:
+        if settings.path is not None:
             model = _from_path(settings.path, vocab_size)
         else:
-            model = _from_factory(settings.factory or "", vocab_size=vocab_size, eos_token_id=eos_token_id)
+            model = _at_random(settings, vocab_size, eos_token_id)
         if settings.weights is not None:
             model = _with_weights(model, Path(settings.weights).expanduser())
         return model.to(device="cpu", dtype=torch.float32).train()
+
+
+def planned_shapes(settings: ModelSettings, *, vocab_size: int, eos_token_id: int) -> dict[str, tuple[int, ...]] | None:
+    """parameter_shapes of the model, for which nothing is computed or stored; None where it has to be built for that.
+
+    ConfigError where it cannot be built; RunMismatchError where its vocabulary is smaller than the tokenizer's.
+    """
+    if settings.path is not None:
+        return None
+    looked_at_values = (NotImplementedError, RuntimeError)  # which a model without memory does not have
+    try:
+        with torch.device("meta"), quiet_transformers():
+            return parameter_shapes(_at_random(settings, vocab_size, eos_token_id))
+    except looked_at_values:
+        return None
+    except ConfigError as error:
+        if isinstance(error.__cause__, looked_at_values):
+            return None
+        raise
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -62,6 +79,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes of trainable_parameters, in the same order."""
     return {name: tuple(tensor.shape) for name, tensor in trainable_parameters(model).items()}
+
+
+def _at_random(settings: ModelSettings, vocab_size: int, eos_token_id: int) -> nn.Module:
+    if settings.config is not None:
+        return _from_config(settings.config, vocab_size, eos_token_id)
+    return _from_factory(settings.factory or "", vocab_size=vocab_size, eos_token_id=eos_token_id)
 
 
 def _from_config(fields: dict[str, Any], vocab_size: int, eos_token_id: int) -> nn.Module:

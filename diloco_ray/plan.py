@@ -1,0 +1,158 @@
+"""What a recipe comes to, before anything is prepared, begun or spent: its fields, its rounds, its bytes.
+
+Bytes are those of encoded payloads. Data parallel is a float32 gradient up and down in every inner step. The model is
+only outlined: no weights are made.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from diloco_ray.algorithm.codecs import get_codec
+from diloco_ray.algorithm.fragments import Layout, partition
+from diloco_ray.algorithm.schedule import send_steps
+from diloco_ray.config import RunConfig
+from diloco_ray.data.manifest import PreparedFolder, open_manifest
+from diloco_ray.errors import ConfigError, DiLoCoError
+from diloco_ray.model.build import planned_shapes
+from diloco_ray.observe.progress import human_bytes
+from diloco_ray.observe.status import BYTES_PER_GRADIENT_VALUE
+from diloco_ray.presets import PRESETS, flatten
+
+Shapes = dict[str, tuple[int, ...]]
+
+# What the presets differ in is shown always; other fields of these sections, where they are no defaults.
+DIALS = {path for fields in PRESETS.values() for path in fields if path.startswith(("inner.s", "outer.", "sync."))}
+SECTIONS = ("inner", "outer", "sync", "experiment")
+
+
+def plan_of(config: RunConfig, sources: Mapping[str, str]) -> dict[str, Any]:
+    """A JSON document. sources: where a field comes from, by its path, if it is no default (`config.layered`).
+
+    bytes, and of a fragment its size, are None where the vocabulary or the model is not known yet; `unknown` says why.
+    ConfigError for more fragments than tensors.
+    """
+    H, overlap = config.inner.steps_per_round, config.sync.overlap
+    shapes, unknown = _shapes(config)
+    layout = _layout(config, shapes) if shapes is not None else None
+    fragments: list[dict[str, Any]] = [
+        {"fragment": index, "sent_at": step, "merged_at": step + overlap}
+        for index, step in enumerate(send_steps(H, config.sync.fragments, config.sync.offsets == "together"))
+    ]
+    if layout:
+        for line, fragment in zip(fragments, layout.fragments):
+            line["tensors"], line["values"] = len(fragment.slots), fragment.num_values
+            line["bytes_up"] = get_codec(config.sync.uplink).num_bytes(fragment.num_values)
+            line["bytes_down"] = get_codec(config.sync.downlink).num_bytes(fragment.num_values)
+    tokens = H * config.inner.batch_size * config.data.sequence_length
+    return {
+        "preset": config.sync.preset,
+        "fields": {
+            path: {"value": value, "from": sources.get(path, "default")}
+            for path, value in flatten(config.model_dump(mode="json")).items()
+        },
+        "islands": list(config.islands),
+        "rounds": config.rounds,
+        "steps_per_round": H,
+        "inner_steps": config.num_inner_steps,
+        "tokens": {"island_round": tokens, "run": tokens * config.rounds * config.max_islands},
+        "parameters": layout.num_values if layout else None,
+        "fragments": fragments,
+        "bytes": _bytes(config, layout, fragments) if layout else None,
+        "unknown": unknown,
+    }
+
+
+def plan_parts(document: Mapping[str, Any]) -> list[str | Table]:
+    """The document for people: lines and tables."""
+    least, most = document["islands"]
+    islands = f"{most}" if least == most else f"{least} to {most}"
+    H, tokens, sent = document["steps_per_round"], document["tokens"], document["bytes"]
+    steps = f"{document['rounds']:,} rounds of {H:,} inner steps = {document['inner_steps']:,}"
+    size = f", {document['parameters']:,} parameters" if document["parameters"] else ""
+    parts: list[str | Table] = [
+        f"preset {document['preset']}: {steps}; {islands} islands{size}",
+        f"tokens: {tokens['island_round']:,} per island and round, {tokens['run']:,} with {most} islands to the end",
+        "",
+        _field_table(document),
+        "",
+        _fragment_table(document["fragments"], H),
+        "",
+    ]
+    if sent is None:
+        return [*parts, f"bytes: {document['unknown']}"]
+    exchanged = f"{human_bytes(sent['up'])} up, {human_bytes(sent['down'])} down"
+    times = f"{human_bytes(sent['data_parallel'])}, {sent['ratio']:,.1f} times as much"
+    return [*parts, f"bytes: {exchanged} per island and round; float32 gradients in every step: {times}"]
+
+
+def _field_table(document: Mapping[str, Any]) -> Table:
+    table = Table("field", "value", "from", box=None, pad_edge=False)
+    preset = PRESETS[document["preset"]]
+    for path, field in document["fields"].items():
+        source = field["from"]
+        is_said = source != "default" and (path.split(".")[0] in SECTIONS or path in ("islands", "rounds"))
+        if (path in DIALS or is_said) and path != "sync.preset":
+            hidden = f" (preset: {preset[path]})" if preset.get(path, field["value"]) != field["value"] else ""
+            value = field["value"] if isinstance(field["value"], str) else json.dumps(field["value"])
+            table.add_row(path, value, source + hidden * (source != "preset"))
+    return table
+
+
+def _fragment_table(fragments: list[dict[str, Any]], steps_per_round: int) -> Table:
+    """sent, merged after: inner step of a round; (next): of the round after the one it was sent in."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("fragment", "tensors", "values", "sent after", "merged after", "up", "down"):
+        table.add_column(column, justify="right")
+    for line in fragments:
+        later, step = divmod(line["merged_at"] - 1, steps_per_round)
+        merged = f"{step + 1}" + (" (next)" if later else "")
+        sizes = [human_bytes(line[way]) if way in line else "" for way in ("bytes_up", "bytes_down")]
+        counts = [f"{line[count]:,}" if count in line else "" for count in ("tensors", "values")]
+        table.add_row(str(line["fragment"]), *counts, str(line["sent_at"]), merged, *sizes)
+    return table
+
+
+def check_fragments(config: RunConfig) -> None:
+    """ConfigError for more fragments than the model has tensors, which no vocabulary changes."""
+    if config.sync.fragments > 1:
+        shapes = planned_shapes(config.model, vocab_size=1, eos_token_id=0)
+        if shapes is not None:
+            _enough_tensors(config, shapes)
+
+
+def _shapes(config: RunConfig) -> tuple[Shapes | None, str]:
+    """The model's tensors, or why they are not known."""
+    if config.data.tokenizer == "bytes":
+        vocab_size, eos_token_id = 256, 0
+    else:
+        try:
+            manifest = open_manifest(PreparedFolder(config.prepared_url))
+        except DiLoCoError:
+            return None, f"the vocabulary of {config.data.tokenizer} is known once `diloco-ray prepare` is done"
+        vocab_size, eos_token_id = manifest.vocab_size, manifest.eos_token_id
+    shapes = planned_shapes(config.model, vocab_size=vocab_size, eos_token_id=eos_token_id)
+    return shapes, "" if shapes is not None else "the model has to be loaded to know its tensors"
+
+
+def _layout(config: RunConfig, shapes: Shapes) -> Layout:
+    _enough_tensors(config, shapes)
+    return partition(shapes, config.sync.fragments)
+
+
+def _enough_tensors(config: RunConfig, shapes: Shapes) -> None:
+    fragments = config.sync.fragments
+    if fragments > len(shapes):
+        what = f"sync.fragments={fragments}, but the model has {len(shapes)} tensors and no fragment may be empty"
+        remedy = f"choose sync.fragments from 1 to {len(shapes)}" if shapes else "use a model with trainable parameters"
+        raise ConfigError(what, where="sync.fragments", remedy=remedy)
+
+
+def _bytes(config: RunConfig, layout: Layout, fragments: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of one island in one round. Where every arrival is a step of its own, an island receives that of every island."""
+    steps = config.max_islands if config.sync.closes == "arrival" else 1
+    up, down = sum(line["bytes_up"] for line in fragments), steps * sum(line["bytes_down"] for line in fragments)
+    data_parallel = 2 * BYTES_PER_GRADIENT_VALUE * layout.num_values * config.inner.steps_per_round
+    return {"up": up, "down": down, "data_parallel": data_parallel, "ratio": data_parallel / (up + down)}
