@@ -74,6 +74,15 @@ class Run:
             heartbeat_timeout_s=sync.heartbeat_timeout_s,
             waiting_timeout_s=sync.waiting_timeout_s,
             weighting=sync.weighting,
+            closes=sync.closes,
+            overlap=sync.overlap,
+            grace_share=sync.grace_share,
+            launch_interval_s=sync.launch_interval_s,
+            max_staleness=sync.max_staleness,
+            steps_by_speed=config.inner.steps == "by_speed",
+            drop_probability=config.experiment.drop_probability,
+            drop_seed=config.seed,
+            islands_by_round=islands_by_round(config.experiment.islands_by_round, config.max_islands, config.rounds),
             snapshot_every_rounds=config.storage.snapshot_every_rounds,
             max_norm_ratio=sync.max_norm_ratio,
         )
@@ -239,7 +248,7 @@ def _check_same_data(store: RunStore, document: Mapping[str, Any], shards: Token
 
 def _create(store: RunStore, config: RunConfig, shards: TokenShards) -> Mapping[str, Any]:
     model = _model(config, shards)
-    layout = partition(parameter_shapes(model), config.sync.fragments)
+    layout = partition(parameter_shapes(model), config.sync.fragments, config.sync.partition)
     body = {
         "format": FORMAT_VERSION,
         "run_id": new_run_id(),

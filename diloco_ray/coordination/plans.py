@@ -98,7 +98,7 @@ def _issue(state: RunState, island: str, first: int) -> RunState:
         steps = state.pace.inner_steps(island, steps)
     silent = (round - first) * steps
     num_sequences = (silent + steps) * rules.sequences_per_inner_step
-    begun = _steps_taken(state) if not rules.in_step else first * rules.inner_steps_per_round
+    begun = _steps_taken(state, island) if not rules.in_step else first * rules.inner_steps_per_round
     ledger, lease = state.ledger.lease(island, num_sequences)
     plan = InnerPlan(
         island=island,
@@ -116,11 +116,11 @@ def _issue(state: RunState, island: str, first: int) -> RunState:
     return replace(state, ledger=ledger, plans=plans, num_plans={**state.num_plans, island: round + 1})
 
 
-def _steps_taken(state: RunState) -> int:
-    """Inner steps that an island has taken on average, those leased included: what the schedule runs on."""
-    account = state.ledger.account()
-    num_sequences = (account["committed"] + account["outstanding"]) // state.ledger.tokens_per_sequence
-    return num_sequences // (state.rules.max_islands * state.rules.sequences_per_inner_step)
+def _steps_taken(state: RunState, island: str) -> int:
+    """What the schedule runs on: the steps committed, as an island's mean, and those that this island has in hand."""
+    per_step = state.rules.sequences_per_inner_step * state.ledger.tokens_per_sequence
+    in_hand = sum(lease.num_tokens for lease in state.ledger.outstanding.values() if lease.island == island)
+    return state.ledger.account()["committed"] // (state.rules.max_islands * per_step) + in_hand // per_step
 
 
 def is_dropped(rules: Rules, island: str, round: int) -> bool:

@@ -368,7 +368,6 @@ class Exchange:
         return self.base[fragment]
 
 
-
 def _copy(fragment: Fragment, tensors: Mapping[str, Tensor], values: Tensor) -> Callable[[], None]:
     """Begins the copy, which from an accelerator goes on beside the next inner step; returns what waits for its end."""
     fragment.gather_(tensors, values, non_blocking=values.is_pinned())

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -153,7 +154,7 @@ class Island:
         outer, uplink = self.job.outer, get_codec(self.job.sync.uplink)
         for fragment in self.job.layout.fragments:
             self.exchange.aim(fragment.index, None)
-            yield from self._wait_until(lambda p=fragment.index: self.exchange.is_encoded(p), plan)
+            yield from self._wait_until(partial(self.exchange.is_encoded, fragment.index), plan)
             fragment.scatter_(self.exchange.fetch(fragment.index), self._tensors)
             self._merged_at[fragment.index] = self._num_steps
         if self.job.sync.eager:
@@ -184,12 +185,12 @@ class Island:
     def _send(self, plan: InnerPlan, fragment: Fragment, loop: InnerLoop) -> Iterator[Moment]:
         """A fragment whose round was closed meanwhile, without this island, is only merged."""
         p, exchange = fragment.index, self.exchange
-        yield from self._wait_until(lambda: exchange.is_encoded(p), plan)
+        yield from self._wait_until(partial(exchange.is_encoded, p), plan)
         if not exchange.has_closed(p, plan.round):
             steps = self._num_steps - self._merged_at[p]
             exchange.post(plan, fragment, self._tensors, steps, self._metrics(loop))
             if self._corrections:
-                yield from self._wait_until(lambda: exchange.is_encoded(p), plan)
+                yield from self._wait_until(partial(exchange.is_encoded, p), plan)
                 payload = exchange.payload_of(plan, p)
                 if payload is not None:
                     self._corrections[p].step_(payload, plan.num_islands)
@@ -204,7 +205,7 @@ class Island:
     def _merge(self, plan: InnerPlan) -> Iterator[Moment]:
         while self._due and self._due[0].at <= self._num_steps:
             due = self._due[0]
-            yield from self._wait_until(lambda: self.exchange.is_settled(due.fragment, due.round), plan)
+            yield from self._wait_until(partial(self.exchange.is_settled, due.fragment, due.round), plan)
             self._due.popleft()
             self._take(due.fragment)
             following = [later.round for later in self._due if later.fragment == due.fragment]

@@ -7,6 +7,7 @@ Ray restarts a dead coordinator with empty memory; the new life takes the next f
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import ray
 
 from diloco_ray.coordination.messages import Contribution, Verdict
+from diloco_ray.coordination.rounds import next_look_s
 from diloco_ray.coordinator.coordinator import Coordinator, Job
 from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.errors import DiLoCoError, FencedError, OvertakenError, StoreError
@@ -24,6 +26,7 @@ from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, Snaps
 
 STATUS = "status.json"
 TICK_S = 0.5
+SHORTEST_TICK_S = 0.005
 REMOTE_STATUS_EVERY_S = 10.0  # a bucket is not asked more often than this
 VERDICT_TIMEOUT_S = 50.0  # under one attempt of a caller, which then asks again
 
@@ -122,7 +125,7 @@ class CoordinatorActor:
         loop = asyncio.get_running_loop()
         written_s = 0.0
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(self._until_next_look_s())
             self._coordinator.tick()
             self._heard(None)
             every_s = TICK_S if self._store.is_local else REMOTE_STATUS_EVERY_S
@@ -130,6 +133,12 @@ class CoordinatorActor:
                 written_s = loop.time()
                 with contextlib.suppress(StoreError):  # a missed status is only that
                     await loop.run_in_executor(self._files, self._write_status, self._status())
+
+    def _until_next_look_s(self) -> float:
+        look_s = next_look_s(self._coordinator.state)
+        if look_s is None:
+            return TICK_S
+        return min(TICK_S, max(SHORTEST_TICK_S, look_s - time.monotonic()))
 
     def _clock_stopped(self, clock: "asyncio.Task[None]") -> None:
         """Without its clock a coordinator waits for ever: what stops the one ends the other."""

@@ -81,6 +81,7 @@ class _Driver:
         self._coordinator = CoordinatorActor.options(name=name, max_concurrency=MAX_WAITING_CALLS).remote(
             run.store.url, run.coordinator_job(expected)
         )
+        self._names = [island_name(number) for number in range(run.config.max_islands)]
         self._seen = (0, 0)  # fence epoch, and how many of its events
         self._lives: dict[Any, Life] = {}
         self._failures: dict[str, int] = {}
@@ -92,8 +93,8 @@ class _Driver:
         status, events = self._ask()
         self._show(status, events)
         if status["state"] not in ("succeeded", "failed"):
-            for number in range(self._run.config.max_islands):
-                self._start_island(island_name(number))
+            for name in self._names:
+                self._start_island(name)
         self._start_evaluator()
         while status["state"] not in ("succeeded", "failed"):
             self._tend()
@@ -114,7 +115,8 @@ class _Driver:
         process = uuid.uuid4().hex
         cluster = self._run.config.cluster
         actor = IslandActor.options(**actor_options(cluster.island_resources, cluster.label_selector)).remote()
-        ref = actor.live.remote(self._run.island_job(), name, process, self._coordinator, self._run.config.sync)
+        speed = self._run.speed_of(self._names.index(name))
+        ref = actor.live.remote(self._run.island_job(), name, process, self._coordinator, self._run.config.sync, speed)
         self._lives[ref] = Life(name, process, actor)
 
     def _start_evaluator(self) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from typing import Any
 
 import ray
@@ -10,7 +11,8 @@ from diloco_ray.coordination.settings import SyncSettings
 from diloco_ray.errors import DiLoCoError
 from diloco_ray.island.evaluator import EvaluationPlan, Evaluator
 from diloco_ray.island.heart import Heart
-from diloco_ray.island.worker import Identity, Island, IslandJob
+from diloco_ray.island.job import Identity, IslandJob
+from diloco_ray.island.worker import Island
 from diloco_ray.transport.ray_object_store import RayTransport
 
 FOLLOW_S = 10.0  # one long poll
@@ -20,19 +22,32 @@ FOLLOW_S = 10.0  # one long poll
 class IslandActor:
     """An island that is a node, or part of one, of the coordinator's own Ray cluster."""
 
-    def live(self, job: IslandJob, name: str, process: str, coordinator: Any, sync: SyncSettings) -> str:
-        """Trains until the run is over. Errors end the process and reach the driver with their text."""
+    def live(
+        self, job: IslandJob, name: str, process: str, coordinator: Any, sync: SyncSettings, speed: float = 1.0
+    ) -> str:
+        """Trains until the run is over. Errors end the process and reach the driver with their text.
+
+        speed: under 1 for an island that is to be slower than its processor.
+        """
         transport = RayTransport(coordinator, sync.coordinator_timeout_s)
         island = Island(job, Identity(name, process, os.getpid(), ray.util.get_node_ip_address()), transport)
         island.start()
-        heart = Heart(island, transport, sync.heartbeat_every_s, sync.stall_timeout_s)
+        exchange = island.exchange
+        heart = Heart(exchange, transport, sync.heartbeat_every_s, sync.stall_timeout_s)
+        exchange.start_threads(FOLLOW_S)
+        began_s = time.monotonic()
         try:
-            while island.turn(FOLLOW_S):
-                pass
+            for moment in island.live():
+                if moment == "wait":
+                    exchange.wait(FOLLOW_S)
+                elif speed < 1.0:
+                    time.sleep((time.monotonic() - began_s) * (1.0 / speed - 1.0))
+                began_s = time.monotonic()
         finally:
             heart.stop()
+            exchange.stop()
         with contextlib.suppress(DiLoCoError):
-            transport.leave(name, island.incarnation, "the run is over")
+            transport.leave(name, exchange.incarnation, "the run is over")
         return name
 
 

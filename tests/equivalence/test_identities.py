@@ -142,7 +142,7 @@ def diloco_by_hand(run: Run, outer_step: Callable[[Tensor, list[Tensor]], Tensor
         for share in record.shares:
             model = models[share.island]
             set_parameters(model, theta)
-            first = record.round * run.config.inner.steps_per_round
+            first = share.round * run.config.inner.steps_per_round
             take_steps(run, model, optimizers[share.island], batches_of(run, share), first)
         theta = outer_step(theta, [flat(model) for model in models.values()])
     return theta
@@ -162,7 +162,7 @@ def test_one_island_with_outer_sgd_of_rate_1_is_plain_training(tiny: dict[str, A
     optimizer = adamw(run, model)
     for record in records(run):
         (share,) = record.shares
-        take_steps(run, model, optimizer, batches_of(run, share), record.round * run.config.inner.steps_per_round)
+        take_steps(run, model, optimizer, batches_of(run, share), share.round * run.config.inner.steps_per_round)
     assert_close_and_moved(run, flat(model), ADAMW_TOLERANCE)
 
 
@@ -232,7 +232,7 @@ def test_islands_weighted_by_their_equal_tokens_are_weighted_uniformly(tiny: dic
 
 def test_three_fragments_in_float32_give_the_bits_of_one(tiny: dict[str, Any]) -> None:
     whole = train(tiny, "whole", sync=FLOAT32)
-    cut = train(tiny, "cut", sync={**FLOAT32, "fragments": 3})
+    cut = train(tiny, "cut", sync={**FLOAT32, "fragments": 3, "offsets": "together"})
     assert len(records(cut)) == 3 * len(records(whole))
     assert torch.equal(final_parameters(cut), final_parameters(whole))
 
@@ -251,7 +251,7 @@ def test_another_seed_gives_another_model(tiny: dict[str, Any]) -> None:
 @pytest.mark.parametrize("fragments", [1, 3])
 def test_a_run_taken_up_again_after_any_round_ends_with_the_same_bits(tiny: dict[str, Any], fragments: int) -> None:
     """Fewer rounds would bend the cosine, hence a constant rate; the inner AdamW state comes from the checkpoints."""
-    sections: dict[str, Any] = {"inner": {"schedule": "constant"}, "sync": {"fragments": fragments}}
+    sections: dict[str, Any] = {"inner": {"schedule": "constant"}, "sync": {"fragments": fragments, "offsets": "together"}}
     whole = train(tiny, "whole", **sections)
     for stop_after in (1, 2, 3):
         name = f"stopped-{stop_after}"
@@ -291,7 +291,7 @@ def test_an_island_that_lost_its_checkpoints_goes_on_with_a_joiners_ramp(tiny: d
     optimizer = torch.optim.SGD(model.parameters(), lr=PLAIN_SGD["learning_rate"])
     for record in records(run):
         for own_step, batch in enumerate(batches_of(run, record.shares[0])):
-            ramp = (own_step + 1) / 4 if record.round == 2 and own_step < 4 else 1.0
+            ramp = (own_step + 1) / 4 if record.shares[0].round == 2 and own_step < 4 else 1.0
             optimizer.param_groups[0]["lr"] = PLAIN_SGD["learning_rate"] * ramp
             model(input_ids=batch, labels=batch).loss.backward()
             optimizer.step()
