@@ -76,16 +76,6 @@ class SyncSettings(BaseModel):
             )
         return self
 
-    def send_steps(self, steps_per_round: int) -> tuple[int, ...]:
-        """For each fragment, the inner step of a round (1 .. H) after which it is sent.
-
-        t_p of Streaming DiLoCo (arXiv 2501.18512, Algorithm 2): ceil((p + 1) H / P), or H for all `together`. The last
-        one is sent at the end of a round, so that one fragment is DiLoCo.
-        """
-        if self.offsets == "together":
-            return (steps_per_round,) * self.fragments
-        return tuple(-(-(p + 1) * steps_per_round // self.fragments) for p in range(self.fragments))
-
 
 class ExperimentSettings(BaseModel):
     """What the papers disturbed on purpose (arXiv 2311.08105, section 3): nothing, unless a recipe says so."""
