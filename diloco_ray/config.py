@@ -125,18 +125,19 @@ class RunConfig(BaseModel):
         least, most = self.islands
         if not 1 <= least <= most:
             raise ValueError(f"islands={list(self.islands)}: choose [least, most] with 1 <= least <= most")
+        names = ", ".join(CODEC_NAMES)
         for field in ("uplink", "downlink"):
             name: str = getattr(self.sync, field)
             if name not in CODEC_NAMES:
                 near = difflib.get_close_matches(name, CODEC_NAMES, n=1, cutoff=0.0)[0]
-                raise ValueError(f"sync.{field}={name} is no codec; did you mean {near}? {', '.join(CODEC_NAMES)}")
+                raise ValueError(f"sync.{field}={name} is no codec; did you mean {near}? There are {names}")
         if self.sync.weighting != "uniform" and not self.outer.uses_weights:
             pair = f"sync.weighting={self.sync.weighting} with outer.combine={self.outer.combine}"
             raise ValueError(f"{pair}: its values have no weights; choose sync.weighting=uniform or another combine")
         least = 1 if self.sync.closes == "quorum" else least
         if not least <= self.quorum <= most:
             where = f"lies outside islands={list(self.islands)}"
-            raise ValueError(f"sync.quorum={self.quorum} {where}; choose one from {least} to {most}")
+            raise ValueError(f"sync.quorum={self.quorum} {where}; choose {least} to {most}, or null")
         self._overlap_fits()
         self._experiment_fits()
         return self
