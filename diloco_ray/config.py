@@ -20,8 +20,6 @@ from diloco_ray.island.settings import InnerSettings
 from diloco_ray.model.settings import ModelSettings
 from diloco_ray.presets import Resolved, flatten, read_recipe, resolve
 
-LINEAR = ("nesterov", "sgd", "heavy_ball")  # outer optimizers whose step on a sum is the sum of the steps
-
 # What may differ when a run is taken up again; every other field is part of what the run is.
 CHANGEABLE = (
     "name",
@@ -49,6 +47,7 @@ CHANGEABLE = (
     "sync.stall_timeout_s",
     "sync.coordinator_timeout_s",
     "sync.max_norm_ratio",
+    "outer.statistics",
     "experiment.speeds",
 )
 
@@ -137,7 +136,7 @@ class RunConfig(BaseModel):
         least = 1 if self.sync.closes == "quorum" else least
         if not least <= self.quorum <= most:
             where = f"lies outside islands={list(self.islands)}"
-            raise ValueError(f"sync.quorum={self.quorum} {where}; choose one from {least} to {most}")
+            raise ValueError(f"sync.quorum={self.quorum} {where}; choose {least} to {most}, or null")
         self._overlap_fits()
         self._experiment_fits()
         return self
@@ -154,10 +153,10 @@ class RunConfig(BaseModel):
         if self.outer.combine != "mean":
             why = "the own part of a step is its share of the mean"
             raise ValueError(f"sync.eager with outer.combine={self.outer.combine}: {why}; set outer.combine=mean")
-        if self.outer.optimizer not in LINEAR:
+        if not self.outer.is_linear:
             why = "a step in two parts is not the step of their sum"
             what = f"sync.eager with outer.optimizer={self.outer.optimizer}: {why}"
-            raise ValueError(f"{what}; choose one of {', '.join(LINEAR)}")
+            raise ValueError(f"{what}; choose nesterov, sgd or heavy_ball")
 
     def _experiment_fits(self) -> None:
         experiment = self.experiment

@@ -21,8 +21,6 @@ from diloco_ray.observe.progress import human_bytes
 from diloco_ray.observe.status import BYTES_PER_GRADIENT_VALUE
 from diloco_ray.presets import PRESETS, flatten
 
-Shapes = dict[str, tuple[int, ...]]
-
 # What the presets differ in is shown always; other fields of these sections, where they are no defaults.
 DIALS = {path for fields in PRESETS.values() for path in fields if path.startswith(("inner.s", "outer.", "sync."))}
 SECTIONS = ("inner", "outer", "sync", "experiment")
@@ -32,11 +30,11 @@ def plan_of(config: RunConfig, sources: Mapping[str, str]) -> dict[str, Any]:
     """A JSON document. sources: where a field comes from, by its path, if it is no default (`config.layered`).
 
     bytes, and of a fragment its size, are None where the vocabulary or the model is not known yet; `unknown` says why.
-    ConfigError for more fragments than tensors.
+    ConfigError for fragments that the model cannot be cut into.
     """
     H, overlap = config.inner.steps_per_round, config.sync.overlap
     shapes, unknown = _shapes(config)
-    layout = _layout(config, shapes) if shapes is not None else None
+    layout = layout_of(config, shapes) if shapes is not None else None
     fragments: list[dict[str, Any]] = [
         {"fragment": index, "sent_at": step, "merged_at": step + overlap}
         for index, step in enumerate(send_steps(H, config.sync.fragments, config.sync.offsets == "together"))
@@ -115,15 +113,24 @@ def _fragment_table(fragments: list[dict[str, Any]], steps_per_round: int) -> Ta
     return table
 
 
+def layout_of(config: RunConfig, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+    """The model's tensors in fragments, as the recipe has them. ConfigError where one would be empty."""
+    try:
+        return partition(shapes, config.sync.fragments, config.sync.partition)
+    except ConfigError as error:
+        what = error.what.replace("num_fragments", "sync.fragments")
+        raise ConfigError(what, where="sync.fragments", remedy=f"sync.fragments: {error.remedy}") from error
+
+
 def check_fragments(config: RunConfig) -> None:
-    """ConfigError for more fragments than the model has tensors, which no vocabulary changes."""
+    """ConfigError for fragments that the model cannot be cut into, which no vocabulary changes."""
     if config.sync.fragments > 1:
         shapes = planned_shapes(config.model, vocab_size=1, eos_token_id=0)
         if shapes is not None:
-            _enough_tensors(config, shapes)
+            layout_of(config, shapes)
 
 
-def _shapes(config: RunConfig) -> tuple[Shapes | None, str]:
+def _shapes(config: RunConfig) -> tuple[dict[str, tuple[int, ...]] | None, str]:
     """The model's tensors, or why they are not known."""
     if config.data.tokenizer == "bytes":
         vocab_size, eos_token_id = 256, 0
@@ -135,19 +142,6 @@ def _shapes(config: RunConfig) -> tuple[Shapes | None, str]:
         vocab_size, eos_token_id = manifest.vocab_size, manifest.eos_token_id
     shapes = planned_shapes(config.model, vocab_size=vocab_size, eos_token_id=eos_token_id)
     return shapes, "" if shapes is not None else "the model has to be loaded to know its tensors"
-
-
-def _layout(config: RunConfig, shapes: Shapes) -> Layout:
-    _enough_tensors(config, shapes)
-    return partition(shapes, config.sync.fragments)
-
-
-def _enough_tensors(config: RunConfig, shapes: Shapes) -> None:
-    fragments = config.sync.fragments
-    if fragments > len(shapes):
-        what = f"sync.fragments={fragments}, but the model has {len(shapes)} tensors and no fragment may be empty"
-        remedy = f"choose sync.fragments from 1 to {len(shapes)}" if shapes else "use a model with trainable parameters"
-        raise ConfigError(what, where="sync.fragments", remedy=remedy)
 
 
 def _bytes(config: RunConfig, layout: Layout, fragments: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diloco_ray.algorithm.codecs import get_codec
-from diloco_ray.algorithm.fragments import Layout, partition
+from diloco_ray.algorithm.fragments import Layout
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.algorithm.settings import OuterSettings
 from diloco_ray.config import RunConfig, differences
@@ -31,7 +31,7 @@ from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import save_snapshot
 from diloco_ray.model.build import build_model, parameter_shapes, trainable_parameters
-from diloco_ray.plan import check_fragments
+from diloco_ray.plan import check_fragments, layout_of
 
 FORMAT_VERSION = 1
 DOCUMENT = "run.json"
@@ -248,7 +248,7 @@ def _check_same_data(store: RunStore, document: Mapping[str, Any], shards: Token
 
 def _create(store: RunStore, config: RunConfig, shards: TokenShards) -> Mapping[str, Any]:
     model = _model(config, shards)
-    layout = partition(parameter_shapes(model), config.sync.fragments, config.sync.partition)
+    layout = layout_of(config, parameter_shapes(model))
     body = {
         "format": FORMAT_VERSION,
         "run_id": new_run_id(),

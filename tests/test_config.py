@@ -45,6 +45,20 @@ def test_a_recipe_survives_the_way_through_run_json(recipe: Path) -> None:
         ("data.validation_fraction=0.7", ["data.validation_fraction"]),
         ("learning_rate", ["not field=value", "outer.learning_rate=0.6"]),
         ("seed.x=1", ["seed in override", "section"]),
+        ("sync.preset=eagr", ["unknown preset 'eagr'", "did you mean eager?"]),
+        ("sync.overlap=26", ["sync.overlap=26", "inner.steps_per_round=25", "choose sync.overlap from 0 to 25"]),
+        ("sync.overlap=-1", ["sync.overlap", "-1", "greater than or equal to 0"]),
+        ("sync.mixing=1.5", ["sync.mixing", "1.5", "less than or equal to 1"]),
+        ("sync.mixing=-0.1", ["sync.mixing", "-0.1", "greater than or equal to 0"]),
+        ("sync.error_feedback=0", ["sync.error_feedback", "greater than 0"]),
+        ("sync.grace_share=2", ["sync.grace_share", "less than or equal to 1"]),
+        ("sync.downlink=topk", ["downlink=topk", "choose topk as sync.uplink only"]),
+        ("sync.uplink=int5", ["sync.uplink=int5", "did you mean int"]),
+        ("sync.fragments=0", ["sync.fragments", "greater than or equal to 1"]),
+        ("experiment.drop_probability=1", ["experiment.drop_probability", "less than 1"]),
+        ("experiment.speeds=[1, 0]", ["experiment.speeds.1", "greater than 0"]),
+        ("experiment.speeds=[2]", ["experiment.speeds.0", "less than or equal to 1"]),
+        ("experiment.islands_by_round=sometimes", ["experiment.islands_by_round", "'ramp_up'", "'sometimes'"]),
     ],
 )
 def test_a_wrong_override_is_refused_with_its_remedy(override: str, words: list[str]) -> None:
@@ -53,6 +67,50 @@ def test_a_wrong_override_is_refused_with_its_remedy(override: str, words: list[
     text = str(caught.value)
     assert all(word in text for word in words), text
     assert "what to do:" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["sync.preset=decoupled", "sync.quorum=5"], ["sync.quorum=5", "islands=[4, 4]", "choose 1 to 4, or null"]),
+        (["sync.preset=decoupled", "sync.closes=all"], ["sync.quorum=1", "choose 4 to 4, or null"]),
+        (["sync.preset=eager", "outer.combine=radial"], ["outer.combine=radial", "set outer.combine=mean"]),
+        (["sync.preset=eager", "outer.combine=median"], ["outer.combine=median", "set outer.combine=mean"]),
+        (["sync.preset=eager", "outer.optimizer=adam"], ["outer.optimizer=adam", "choose nesterov, sgd or heavy_ball"]),
+        (["sync.preset=eager", "outer.optimizer=delayed_nesterov"], ["delayed_nesterov", "choose nesterov"]),
+        (["sync.preset=eager", "sync.overlap=5"], ["sync.overlap=5", "steps_per_round=25", "set sync.overlap=25"]),
+        (["sync.preset=async", "sync.fragments=2"], ["closes=arrival", "fragments=2", "choose sync.fragments=1"]),
+        (
+            ["sync.preset=async", "experiment.drop_probability=0.3"],
+            ["experiment.drop_probability=0.3", "sync.closes=arrival", "set sync.closes=all"],
+        ),
+        (
+            ["sync.preset=decoupled", "experiment.islands_by_round=doubling"],
+            ["experiment.islands_by_round=doubling", "sync.closes=quorum", "set sync.closes=all"],
+        ),
+        (
+            ["sync.weighting=examples", "outer.combine=trimmed_mean"],
+            ["sync.weighting=examples", "outer.combine=trimmed_mean", "choose sync.weighting=uniform"],
+        ),
+        (["sync.overlap=5", "sync.preset=data_parallel"], ["sync.overlap=5", "steps_per_round=1"]),
+    ],
+    ids=lambda value: " ".join(value) if "=" in value[0] else "",
+)
+def test_fields_that_do_not_go_together_are_refused_with_values_and_remedy(
+    overrides: list[str], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_yaml(JOBS / "quickstart.yaml", overrides)
+    text = str(caught.value)
+    assert all(word in text for word in words), text
+    assert caught.value.remedy
+
+
+def test_a_quorum_below_the_least_islands_is_for_steps_that_do_not_wait_for_all() -> None:
+    decoupled = RunConfig.from_yaml(JOBS / "quickstart.yaml", ["sync.preset=decoupled"])
+    assert (decoupled.min_islands, decoupled.quorum) == (4, 1)
+    assert RunConfig.from_yaml(JOBS / "quickstart.yaml", ["sync.closes=quorum"]).quorum == 1
+    assert RunConfig.from_yaml(JOBS / "quickstart.yaml").quorum == 4
 
 
 def test_a_missing_recipe_and_one_that_is_not_yaml_are_refused(tmp_path: Path) -> None:
@@ -80,12 +138,14 @@ def test_overrides_have_yaml_values_and_reach_into_the_models_own_fields() -> No
 
 def test_what_a_run_is_does_not_depend_on_where_and_how_long_it_runs(tiny: dict[str, Any]) -> None:
     one = RunConfig.from_dict(tiny)
-    same = RunConfig.from_dict(
-        tiny, ["rounds=9", "islands=[1, 5]", "storage.path=/elsewhere", "sync.grace_s=5", "evaluation.every_rounds=1"]
-    )
+    elsewhere = ["rounds=9", "islands=[1, 5]", "storage.path=/elsewhere", "evaluation.every_rounds=1"]
+    patience = ["sync.grace_s=5", "sync.grace_share=0.5", "sync.launch_interval_s=1", "sync.max_staleness=3"]
+    same = RunConfig.from_dict(tiny, [*elsewhere, *patience, "experiment.speeds=[0.5]"])
     other = RunConfig.from_dict(tiny, ["outer.momentum=0.5", "seed=1"])
     assert differences(one.identity(), same.identity()) == []
     assert differences(one.identity(), other.identity()) == ["outer.momentum: 0.9 -> 0.5", "seed: 7 -> 1"]
+    for changed in ("sync.overlap=3", "sync.closes=quorum", "experiment.drop_probability=0.5", "inner.steps=by_speed"):
+        assert differences(one.identity(), RunConfig.from_dict(tiny, [changed]).identity()), changed
 
 
 def test_prepared_data_is_shared_by_runs_on_the_same_text(tiny: dict[str, Any]) -> None:

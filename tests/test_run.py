@@ -91,9 +91,17 @@ def test_shards_of_another_tokenizer_are_refused(tiny: dict[str, Any], tmp_path:
 def test_a_model_that_cannot_be_built_is_refused_before_a_run_is_begun(tiny: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="hidden_sise"):
         opened(tiny, "model.config.hidden_sise=3")
-    with pytest.raises(ConfigError, match="num_fragments=1000"):
-        opened(tiny, "sync.fragments=1000")
     assert not (run_folder(tiny) / "run.json").exists()
+
+
+@pytest.mark.parametrize("partition", ["sequential", "strided", "balanced"])
+def test_fragments_that_would_be_empty_are_refused_before_data_is_prepared(
+    tiny: dict[str, Any], partition: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"sync\.fragments=1000") as caught:
+        opened(tiny, "sync.fragments=1000", f"sync.partition={partition}")
+    assert caught.value.remedy.startswith("sync.fragments: choose 1 to 11")
+    assert not (run_folder(tiny).parent / "data").exists()
 
 
 def test_a_storage_path_that_cannot_be_written_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:

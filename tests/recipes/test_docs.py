@@ -1,6 +1,7 @@
 """The documentation against the code: what a page names must be there, with the values that the code has."""
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ import pytest
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from typer.testing import CliRunner
 
+from diloco_ray.cli import app
 from diloco_ray.config import CHANGEABLE, RunConfig
+from diloco_ray.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -29,7 +33,8 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, F
 
 
 FIELDS = dict(fields_of(RunConfig))
-ROWS = {path: (default, change) for path, default, change in ROW.findall((DOCS / "recipes.md").read_text())}
+RECIPE_PAGE = (DOCS / "recipes.md").read_text()
+ROWS = {path: (default, change) for path, default, change in ROW.findall(RECIPE_PAGE)}
 
 
 def as_in_yaml(value: Any) -> Any:
@@ -53,6 +58,30 @@ def test_the_recipe_page_names_no_field_that_is_not_there() -> None:
 def test_the_recipe_page_says_which_fields_may_change(path: str) -> None:
     changeable = any(path == name or path.startswith(f"{name}.") for name in CHANGEABLE)
     assert ROWS[path][1] == ("yes" if changeable else "no")
+
+
+def test_the_recipe_page_has_the_presets_with_the_fields_they_set() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| ((?:`[\w.]+: [^`]+`(?:, )?)+|nothing: the defaults) \|$", RECIPE_PAGE, re.MULTILINE
+    )
+    told = {name: dict(re.findall(r"`([\w.]+): ([^`]+)`", fields)) for name, fields in rows}
+    assert {name: {k: yaml.safe_load(v) for k, v in fields.items()} for name, fields in told.items()} == PRESETS
+
+
+def test_the_readme_has_a_row_for_every_preset() -> None:
+    family = (ROOT / "README.md").read_text().split("## The family")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", family, re.MULTILINE) == list(PRESETS)
+
+
+PLANS = re.findall(r"^\s*diloco-ray (plan .+?)(?:\s+#.*)?$", "\n".join(p.read_text() for p in PAGES), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(PLANS))
+def test_every_plan_that_a_page_asks_for_is_printed(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    done = CliRunner().invoke(app, shlex.split(command))
+    assert done.exit_code == 0, done.output
+    assert "preset streaming" in done.output
 
 
 def test_the_recipe_page_names_every_recipe() -> None:
