@@ -129,7 +129,7 @@ class RunConfig(BaseModel):
             name: str = getattr(self.sync, field)
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-                raise ValueError(f"sync.{field}={name} is no codec of a {field}; did you mean {near}? {', '.join(names)}")
+                raise ValueError(f"sync.{field}={name} is no {field} codec; did you mean {near}? {', '.join(names)}")
         if self.sync.weighting != "uniform" and not self.outer.uses_weights:
             pair = f"sync.weighting={self.sync.weighting} with outer.combine={self.outer.combine}"
             raise ValueError(f"{pair}: its values have no weights; choose sync.weighting=uniform or another combine")

@@ -63,8 +63,8 @@ def _look_ahead(state: RunState) -> RunState:
         return state
     with_one = [name for name in state.alive if len(state.open_plans(name)) == 1]
     if state.rules.in_step:
-        able = state.alive[: state.rules.islands_in(state.round + 1)]
-        with_one = [name for name in with_one if name in able and _next_round(state, name) == state.round + 1]
+        able = {name: state.alive[: state.rules.islands_in(_next_round(state, name))] for name in with_one}
+        with_one = [name for name in with_one if name in able[name]]
     return issue_plans(state, with_one)
 
 

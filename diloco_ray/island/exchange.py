@@ -75,7 +75,7 @@ class Exchange:
         self._error: Exception | None = None
         self._hello = threading.Lock()
         self._changed = threading.Condition(threading.RLock())
-        self._num_changes = self._num_seen = 0
+        self.num_heard = self._num_seen = 0  # changes, and those that were waited for
         self._posted: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
@@ -138,9 +138,9 @@ class Exchange:
         """Until something has changed since the last wait. Only with threads."""
         self.is_waiting = True
         with self._changed:
-            if self._num_changes == self._num_seen:
+            if self.num_heard == self._num_seen:
                 self._changed.wait(timeout_s)
-            self._num_seen = self._num_changes
+            self._num_seen = self.num_heard
         self.is_waiting = False
 
     def poll(self) -> None:
@@ -388,6 +388,6 @@ class _News:
         self._exchange._changed.acquire()
 
     def __exit__(self, *error: object) -> None:
-        self._exchange._num_changes += 1
+        self._exchange.num_heard += 1
         self._exchange._changed.notify_all()
         self._exchange._changed.release()

@@ -91,6 +91,7 @@ class Island:
         """Trains until the run is over."""
         try:
             while True:
+                self.exchange.poll()
                 while (plan := self.exchange.next_plan()) is None:
                     if self.exchange.over:
                         return

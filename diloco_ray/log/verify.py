@@ -162,11 +162,11 @@ class _Tokens:
 
     def _of_share(self, record: Record, share: Share) -> Iterator[str]:
         self.committed += share.tokens
-        key = (record.fragment, share.base_version, share.island)
+        key = (record.fragment, share.round, share.island)
         if (earlier := self.keys.setdefault(key, record.index)) != record.index or share.base_version >= record.version:
             yield (
-                f"{share.island} on base version {share.base_version} of fragment {record.fragment}: "
-                f"committed before in record {earlier}, or from a base that was still to come"
+                f"{share.island} in its round {share.round + 1} on version {share.base_version} of fragment "
+                f"{record.fragment}: committed before in record {earlier}, or from a base that was still to come"
             )
         for piece in share.spent:
             taken = self.spent.setdefault(piece.epoch, [])

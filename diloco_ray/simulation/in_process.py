@@ -55,27 +55,27 @@ def train_in_process(run: Run) -> Coordinator:
     evaluator.start()
     for life in lives:
         life.island.start()
+    looked_at: object = None
     while not ended(coordinator.state):
-        _let_one_move(coordinator, lives, clock)
+        waiting = [life for life in lives if life.waits]
+        stepping = [life for life in lives if not life.waits and not life.has_ended]
+        if looked_at != (looked_at := _progress_of(coordinator)):
+            for life in waiting:
+                _move(life, clock)
+        elif stepping:
+            life = min(stepping, key=lambda life: life.next_s)
+            clock.now_s = max(clock.now_s, life.next_s)
+            _move(life, clock)
+        elif not any([_move(life, clock) for life in waiting]):
+            _look_again(coordinator, lives, clock)
         evaluator.turn(0.0)
     while evaluator.turn(0.0):
         pass
     return coordinator
 
 
-def _let_one_move(coordinator: Coordinator, lives: list[_Life], clock: Clock) -> None:
-    """The next inner step; once all wait, the next time at which the coordinator is to look."""
-    before = _progress_of(coordinator)
-    stepping = [life for life in lives if not life.waits and not life.has_ended]
-    if stepping:
-        life = min(stepping, key=lambda life: life.next_s)
-        clock.now_s = max(clock.now_s, life.next_s)
-        _move(life, clock)
-        if _progress_of(coordinator) == before:
-            return
-    moved = [_move(life, clock) for life in lives if life.waits]
-    if stepping or any(moved) or _progress_of(coordinator) != before:
-        return
+def _look_again(coordinator: Coordinator, lives: list[_Life], clock: Clock) -> None:
+    """Every island waits: time goes on to when the coordinator may do something without them."""
     look_s = next_look_s(coordinator.state)
     if look_s is None:
         raise ClusterError(f"every island waits: {coordinator.state.reason or coordinator.state.phase}")
@@ -91,12 +91,13 @@ def _progress_of(coordinator: Coordinator) -> tuple[int, int]:
 
 
 def _move(life: _Life, clock: Clock) -> bool:
-    """Whether the island has got on: taken a step, or ended."""
+    """Whether the island has got on: taken a step, heard something, or ended."""
+    before = life.island.exchange.num_heard
     moment = next(life.moments, None)
     life.waits, life.has_ended = moment == "wait", moment is None
     if moment == "step":
         life.next_s = clock.now_s + life.step_s
-    return not life.waits
+    return not life.waits or life.island.exchange.num_heard > before
 
 
 def begin(run: Run, clock: Clock | None = None) -> Coordinator:

@@ -105,3 +105,4 @@ def test_it_trains_and_verifies_and_repeats_itself(tiny: dict[str, Any], name: s
         assert 3 * tokens <= account["committed"] < 3 * tokens + 3 * tokens / config.rounds
     second = preset(tiny, name, "second", **sections)
     assert digests(second) == digests(first)
+
