@@ -66,7 +66,7 @@ def train_in_process(run: Run) -> Coordinator:
             life = min(stepping, key=lambda life: life.next_s)
             clock.now_s = max(clock.now_s, life.next_s)
             _move(life, clock)
-        elif not any([_move(life, clock) for life in waiting]):
+        elif not sum([_move(life, clock) for life in waiting]):
             _look_again(coordinator, lives, clock)
         evaluator.turn(0.0)
     while evaluator.turn(0.0):
