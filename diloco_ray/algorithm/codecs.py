@@ -165,10 +165,11 @@ def _pack_powers(ratios: Tensor, codes: Tensor) -> None:
     away from zero. Only eight bits of mantissa are kept before, so that the step to float16 does not round.
     """
     halves = ratios.mul_(2.0**-14).view(torch.int32).bitwise_and_(_CLEAR_LOW_16_BITS).view(torch.float32).half()
-    pairs = halves.view(torch.int16).add_(0x0200).view(torch.int32)
-    nibbles = (pairs >> 12).bitwise_and_(0x00080008)
-    nibbles.bitwise_or_(pairs.bitwise_right_shift_(10).bitwise_and_(0x00070007))
-    codes.copy_(nibbles.bitwise_or_(nibbles >> 12))
+    fields = halves.view(torch.int16).add_(0x0200).bitwise_right_shift_(10)  # ssssssss sss00kkk
+    pairs = fields.to(torch.int8).view(torch.int16)  # two values' sss00kkk
+    outer = pairs & -0x7FF9  # the first one's k, the second one's sign
+    outer.bitwise_or_(outer >> 8)
+    codes.copy_(pairs.bitwise_right_shift_(4).bitwise_and_(0x78).bitwise_or_(outer))
 
 
 def _unpack_powers(codes: Tensor, out: Tensor) -> None:

@@ -19,28 +19,42 @@ from diloco_ray.algorithm.codecs import CHUNK_VALUES, Codec
 
 @dataclass(frozen=True)
 class OuterGradientStats:
-    """norm: l2 norm of delta before encoding. relative_error: |delta - decoded| / |delta|, 0 for a zero delta."""
+    """norm: l2 norm of delta. relative_error: |e - Q(e)| / |e| of what was to be sent, 0 for nothing.
+
+    e is delta, or with error feedback delta and what was held back before; Q(e) is what is decoded.
+    """
 
     norm: float
     relative_error: float
 
 
-def encode_outer_gradient_(base: Tensor, island: Tensor, codec: Codec, payload: Tensor) -> OuterGradientStats:
-    """Writes base - island, both (num_values,) float32 and left as they were, into payload, chunk by chunk."""
+def encode_outer_gradient_(
+    base: Tensor, island: Tensor, codec: Codec, payload: Tensor, residual: Tensor | None = None, decay: float = 1.0
+) -> OuterGradientStats:
+    """Writes base - island, both (num_values,) float32 and left as they were, into payload, chunk by chunk.
+
+    With a residual e, (num_values,) float32, changed in place and zero at first, this is the error feedback of
+    SparseLoCo (arXiv 2508.15706), with decay beta: what the codec leaves out now is sent later.
+
+        e <- beta e + delta,   send Q(e),   e <- e - Q(e)
+
+    Q(e) has then left the residual whether it arrives or not: after a refusal the caller puts the former e back.
+    """
     num_values = base.numel()
     delta, decoded = torch.empty(2, min(num_values, CHUNK_VALUES))
-    squared_norm = squared_error = 0.0
+    squared_norm = squared_sum = squared_error = 0.0
     for start in range(0, num_values, CHUNK_VALUES):
         here = slice(start, min(start + CHUNK_VALUES, num_values))
         delta, decoded = delta[: here.stop - start], decoded[: here.stop - start]
         torch.sub(base[here], island[here], out=delta)
-        codec.encode_(delta, payload, start, num_values)
-        codec.decode_(payload, start, num_values, decoded)
         squared_norm += _squared_norm(delta)
-        squared_error += _squared_norm(decoded.sub_(delta))
-    return OuterGradientStats(
-        norm=math.sqrt(squared_norm), relative_error=math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
-    )
+        total = delta if residual is None else residual[here].mul_(decay).add_(delta)
+        squared_sum += _squared_norm(total)
+        codec.encode_(total, payload, start, num_values)
+        codec.decode_(payload, start, num_values, decoded)
+        squared_error += _squared_norm(total.sub_(decoded))
+    relative_error = math.sqrt(squared_error / squared_sum) if squared_sum else 0.0
+    return OuterGradientStats(norm=math.sqrt(squared_norm), relative_error=relative_error)
 
 
 def inspect_payload(payload: Tensor, num_values: int, codec: Codec) -> float:

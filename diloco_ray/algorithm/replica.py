@@ -91,22 +91,34 @@ class Replica:
         weights: Sequence[float],
         uplink: Codec,
         combine: Combine = mean,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, StateDigest]:
         """The coordinator's step: combines the payloads, given in island order, and takes the step along the result.
 
         Returns the combined outer gradient as the downlink encodes it, a new (num_bytes,) uint8, and the digest of the
         new state. The step follows the *decoded* bytes: `apply` of them on another replica gives the same bits.
         ValueError, and nothing changed, without contributions: no gradient, no step, no decay of the momentum.
+
+        With a residual e, (num_values,) float32, changed in place and zero at first, what the downlink leaves out of
+        the combined gradient g is made up for by later steps: Q(e + g) is the record, and e <- e + g - Q(e + g). Other
+        replicas need no such memory.
         """
         for payload in payloads:
             self._check_payload(fragment, payload, uplink)
         num_values = self._parameters[fragment].numel()
+        if residual is not None and residual.shape != (num_values,):
+            raise ValueError(f"fragment {fragment} has {num_values} values, its residual {tuple(residual.shape)}")
         write_ = combine(Contributions(payloads, weights, uplink, num_values), self.layout.fragments[fragment])
         combined = torch.empty(self.downlink.num_bytes(num_values), dtype=torch.uint8)
 
         def combine_(start: int, g: Tensor, scratch: Tensor) -> None:
             write_(start, g, scratch)
+            if residual is not None:
+                g.add_(residual[start : start + g.numel()])
             self.downlink.encode_(g, combined, start, num_values)
+            if residual is not None:
+                self.downlink.decode_(combined, start, num_values, scratch)
+                torch.sub(g, scratch, out=residual[start : start + g.numel()])
 
         return combined, self._step(fragment, combined, combine_)
 
