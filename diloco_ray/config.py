@@ -129,6 +129,9 @@ class RunConfig(BaseModel):
         if self.sync.heartbeat_timeout_s < 2 * self.sync.heartbeat_every_s:
             pair = f"sync.heartbeat_timeout_s={self.sync.heartbeat_timeout_s:g}"
             raise ValueError(f"{pair} is under two beats; choose at least {2 * self.sync.heartbeat_every_s:g}")
+        if self.data.shards == "cluster" and (self.data.clusters or 0) > most:
+            clusters = f"data.clusters={self.data.clusters} is more than the {most} islands there may be"
+            raise ValueError(f"{clusters}: some text would never be trained on; choose at most {most}")
         return self
 
     @field_validator("name")

@@ -27,7 +27,8 @@ def issue_plans(state: RunState, islands: list[str]) -> RunState:
     steps = state.rules.inner_steps_per_round
     holders = {holder for _, holder in state.ledger.returned}
     for island in sorted(islands, key=lambda island: (island not in holders, island)):
-        ledger, lease = state.ledger.lease(island, sequences_per_round(state.rules))
+        shard = state.ledger.shard_of(island)
+        ledger, lease = state.ledger.lease(island, sequences_per_round(state.rules), shard)
         plan = InnerPlan(
             island=island,
             incarnation=state.members[island].incarnation,
