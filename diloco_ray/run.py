@@ -24,6 +24,7 @@ from diloco_ray.data.shards import TokenShards
 from diloco_ray.errors import DataError, RunMismatchError
 from diloco_ray.ids import island_name, new_run_id
 from diloco_ray.island.evaluator import EvaluationPlan
+from diloco_ray.island.inner_optimizer import check_available
 from diloco_ray.island.worker import IslandJob
 from diloco_ray.log.record import Record, model_digest, seal, unseal
 from diloco_ray.log.run_log import RunLog
@@ -123,6 +124,7 @@ def open_run(config: RunConfig, *, progress: Callable[[int, int | None], None] |
     """Prepares the data, creates or takes up the run's folder. Everything that can be refused is refused here."""
     store = RunStore(config.run_url)
     store.probe()
+    check_available(config.inner)
     document = _existing(store)
     if document:
         _check_same_run(store, document, config)

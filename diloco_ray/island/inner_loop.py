@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from diloco_ray.island.inner_optimizer import InnerOptimizer
 from diloco_ray.island.settings import InnerSettings
 
 
@@ -24,7 +25,7 @@ class InnerResult:
 
 def run_inner_steps(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: InnerOptimizer,
     batches_BT: Iterable[Tensor],
     settings: InnerSettings,
     *,
