@@ -133,8 +133,10 @@ def prepare(recipe: Recipe, set_: Set = [], to: Annotated[str | None, typer.Opti
         manifest = prepare_data(
             config.data, where, progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
-    for split, tokens in manifest.num_tokens.items():
-        print(f"{split}: {tokens:,} tokens")
+    for name, split in manifest.splits.items():
+        print(f"{name}: {split.num_tokens:,} tokens")
+        for number, group in enumerate(split.groups if len(split.groups) > 1 else ()):
+            print(f"  group {number} ({group.name}): {group.num_tokens:,} tokens of {group.num_documents:,} documents")
     print(f"vocabulary {manifest.vocab_size}, tokenizer {config.data.tokenizer}, in {where}")
 
 

@@ -139,6 +139,9 @@ class RunConfig(BaseModel):
             raise ValueError(f"sync.quorum={self.quorum} {where}; choose {least} to {most}, or null")
         self._overlap_fits()
         self._experiment_fits()
+        if self.data.shards == "cluster" and (self.data.clusters or 0) > most:
+            clusters = f"data.clusters={self.data.clusters} is more than the {most} islands there may be"
+            raise ValueError(f"{clusters}: some text would never be trained on; choose at most {most}")
         return self
 
     def _overlap_fits(self) -> None:

@@ -18,6 +18,11 @@ def island_name(number: int) -> str:
     return f"island-{number:02d}"
 
 
+def island_number(name: str) -> int:
+    """The inverse of island_name. ValueError for a name that it did not make."""
+    return int(name.removeprefix("island-"))
+
+
 def sha256_hex(data: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 

@@ -20,11 +20,13 @@ from diloco_ray.config import RunConfig, differences
 from diloco_ray.coordination.plans import islands_by_round
 from diloco_ray.coordination.state import Rules
 from diloco_ray.coordinator.job import CoordinatorJob
+from diloco_ray.data.batches import check_fills_a_batch
 from diloco_ray.data.prepare import prepare
 from diloco_ray.data.shards import TokenShards
 from diloco_ray.errors import DataError, RunMismatchError
 from diloco_ray.ids import island_name, new_run_id
 from diloco_ray.island.evaluator import EvaluationPlan
+from diloco_ray.island.inner_optimizer import check_available
 from diloco_ray.island.job import IslandJob
 from diloco_ray.log.record import Record, model_digest, seal, unseal
 from diloco_ray.log.run_log import RunLog
@@ -91,7 +93,7 @@ class Run:
             layout=layout,
             outer=outer_of(self.document),
             downlink=sync.downlink,
-            num_sequences=self.document["num_sequences"],
+            shard_sizes=tuple(self.document["shard_sizes"]),
             sequence_length=config.data.sequence_length,
             expected=tuple(island_name(number) for number in range(expected)),
             join_timeout_s=sync.join_timeout_s,
@@ -138,6 +140,7 @@ def open_run(config: RunConfig, *, progress: Callable[[int, int | None], None] |
     """Prepares the data, creates or takes up the run's folder. Everything that can be refused is refused here."""
     store = RunStore(config.run_url)
     store.probe()
+    check_available(config.inner)
     document = _existing(store)
     if document:
         _check_same_run(store, document, config)
@@ -219,16 +222,20 @@ def _check_same_run(store: RunStore, document: Mapping[str, Any], config: RunCon
 
 
 def _open_data(config: RunConfig, progress: Callable[[int, int | None], None] | None) -> TokenShards:
-    """Prepares what is not prepared, and refuses data that cannot fill one round or be measured on."""
+    """Prepares what is not prepared; refuses data that cannot fill a batch, be measured on, or all be trained on."""
     prepare(config.data, config.prepared_url, progress=progress)
     shards = TokenShards.open(config.prepared_url)
-    length, batch = config.data.sequence_length, config.inner.batch_size
-    num_train = shards.split("train").num_sequences(length)
-    if num_train < batch:
+    length, train = config.data.sequence_length, shards.split("train")
+    for shard in range(len(train.groups)):
+        check_fills_a_batch(train, shard, config.inner.batch_size, length)
+    if len(train.groups) > config.max_islands:
+        idle = ", ".join(group.name for group in train.groups[config.max_islands :][:5])
         raise DataError(
-            f"the training set has {num_train} sequences of {length} tokens, one batch needs {batch}",
-            where=config.prepared_url,
-            remedy="use more text, a shorter data.sequence_length or a smaller inner.batch_size",
+            f"data.shards={config.data.shards} made {len(train.groups)} groups, more than the {config.max_islands} "
+            f"islands there may be: no island would train on {idle}",
+            where="data.shards",
+            remedy=f"set islands to at least {len(train.groups)}, or choose a data.label_column with fewer values or "
+            "fewer data.clusters",
         )
     shards.split("validation").num_sequences(length)  # raises where not even one is left
     return shards
@@ -257,7 +264,7 @@ def _create(store: RunStore, config: RunConfig, shards: TokenShards) -> Mapping[
         "layout": layout.to_dict(),
         "prepared": RunStore(config.prepared_url).url,
         "data_digest": shards.manifest.digest,
-        "num_sequences": shards.split("train").num_sequences(config.data.sequence_length),
+        "shard_sizes": shards.split("train").shard_sizes(config.data.sequence_length),
     }
     try:
         store.create(DOCUMENT, seal(body))

@@ -62,7 +62,7 @@ def small_job(num_islands: int = 2, num_fragments: int = 1, **rules: Any) -> Coo
         layout=layout,
         outer=OuterSettings(),
         downlink="int8",
-        num_sequences=100,
+        shard_sizes=(100,),
         sequence_length=16,
         expected=tuple(island_name(number) for number in range(num_islands)),
         join_timeout_s=600.0,

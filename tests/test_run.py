@@ -104,6 +104,15 @@ def test_fragments_that_would_be_empty_are_refused_before_data_is_prepared(
     assert not (run_folder(tiny).parent / "data").exists()
 
 
+def test_an_inner_optimizer_that_torch_lacks_is_refused_before_a_run_is_begun(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("torch.optim.Muon")
+    with pytest.raises(ConfigError, match="has no Muon"):
+        opened(tiny, "inner.optimizer=muon")
+    assert not (run_folder(tiny) / "run.json").exists()
+
+
 def test_a_storage_path_that_cannot_be_written_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError):

@@ -13,8 +13,12 @@ from diloco_ray.ids import PROTOCOL_VERSION
 
 @dataclass(frozen=True, order=True)
 class DataRange:
-    """Training sequences [start, stop) of one epoch, counted in that epoch's shuffled order."""
+    """Training sequences [start, stop) of one epoch of one data shard, counted in that epoch's shuffled order.
 
+    Data shards are numbered from 0; where data is iid there is only that one.
+    """
+
+    shard: int
     epoch: int
     start: int
     stop: int

@@ -99,7 +99,7 @@ def _issue(state: RunState, island: str, first: int) -> RunState:
     silent = (round - first) * steps
     num_sequences = (silent + steps) * rules.sequences_per_inner_step
     begun = _steps_taken(state, island) if not rules.in_step else first * rules.inner_steps_per_round
-    ledger, lease = state.ledger.lease(island, num_sequences)
+    ledger, lease = state.ledger.lease(island, num_sequences, state.ledger.shard_of(island))
     plan = InnerPlan(
         island=island,
         incarnation=state.members[island].incarnation,

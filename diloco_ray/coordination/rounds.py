@@ -202,7 +202,7 @@ def _weight(state: RunState, item: Accepted) -> float:
         case "tokens_squared_per_step":
             return tokens * (tokens / steps)
         case "examples":
-            return float(state.ledger.num_sequences)
+            return float(state.ledger.shard_sizes[state.ledger.shard_of(lease.island)])
 
 
 def _rounds_after(state: RunState) -> int:

@@ -94,7 +94,7 @@ class Coordinator:
     def _first_state(self) -> RunState:
         job, records = self._job, self._log.records[1:]
         steps = [TakeOuterStep(r.fragment, r.round, r.version - 1, r.shares, r.tokens, "") for r in records]
-        ledger = DataLedger(job.num_sequences, job.sequence_length, str(self.fence_epoch))
+        ledger = DataLedger(job.shard_sizes, job.sequence_length, str(self.fence_epoch))
         state = recover(RunState(job.rules, ledger, versions=(0,) * job.rules.num_fragments), steps)
         if ended(state):
             return state

@@ -9,13 +9,13 @@ from diloco_ray.coordination.state import Rules
 
 @dataclass(frozen=True)
 class CoordinatorJob:
-    """num_sequences: of one epoch of the training set. expected: islands that a first round waits for."""
+    """shard_sizes: sequences in one epoch of each data shard. expected: islands that a first round waits for."""
 
     rules: Rules
     layout: Layout
     outer: OuterSettings
     downlink: str
-    num_sequences: int
+    shard_sizes: tuple[int, ...]
     sequence_length: int
     expected: tuple[str, ...]
     join_timeout_s: float

@@ -1,7 +1,8 @@
 """The order in which sequences are trained on, found by arithmetic: no state, nothing to save, nothing to replay.
 
-An epoch's order is a bijection of 0 .. n - 1 keyed by (seed, epoch): a Feistel network over the next even power of two,
-walked along its cycle until it lands below n (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+Each data shard has epochs of its own. An epoch's order is a bijection of 0 .. n - 1 keyed by (seed, shard, epoch): a
+Feistel network over the next even power of two, walked along its cycle until it lands below n (Black and Rogaway,
+"Ciphers with arbitrary finite domains", 2002).
 This module does not know who trains on what; ranges of positions come from outside.
 """
 
@@ -19,8 +20,10 @@ NUM_ROUNDS = 8
 
 
 class Range(Protocol):
-    """Positions start .. stop - 1 of one epoch's order."""
+    """Positions start .. stop - 1 of one epoch's order of one data shard."""
 
+    @property
+    def shard(self) -> int: ...
     @property
     def epoch(self) -> int: ...
     @property
@@ -51,9 +54,10 @@ class EpochOrder:
         return (left << self._half_bits) | right
 
 
-def epoch_order(num_sequences: int, seed: int, epoch: int) -> EpochOrder:
-    """The order of one epoch: a function of these three numbers alone."""
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+def epoch_order(num_sequences: int, seed: int, epoch: int, shard: int = 0) -> EpochOrder:
+    """The order of one epoch: a function of these four numbers alone."""
+    key = f"{seed}/{shard}/{epoch}" if shard else f"{seed}/{epoch}"
+    digest = hashlib.sha256(key.encode()).digest()
     first = np.uint64(int.from_bytes(digest[:8], "little"))
     keys = _mix(first + np.arange(1, NUM_ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     return EpochOrder(num_sequences, keys)
@@ -64,31 +68,40 @@ def batches(
 ) -> Iterator[torch.Tensor]:
     """inputs_BT (int64, the caller's own) over the ranges laid end to end, from batch number `skip` on.
 
-    Only the last batch may be smaller. DataError where the split has fewer sequences than one batch.
+    Only the last batch may be smaller. DataError where a range's shard has fewer sequences than one batch.
     """
-    num_sequences = split.num_sequences(sequence_length)
+    for shard in sorted({piece.shard for piece in ranges}):
+        check_fills_a_batch(split, shard, batch_size, sequence_length)
+    return _batches(split, ranges, batch_size, sequence_length, seed, skip)
+
+
+def check_fills_a_batch(split: TokenSplit, shard: int, batch_size: int, sequence_length: int) -> None:
+    """DataError, naming the shard, where it has fewer sequences than one batch."""
+    num_sequences = split.num_sequences(sequence_length, shard)
     if num_sequences < batch_size:
-        what = f"the {split.name} part has {num_sequences} sequences of {sequence_length}, fewer than {batch_size=}"
+        what = f"{split.describe(shard)} has {num_sequences} sequences of {sequence_length}, fewer than {batch_size=}"
         remedy = "choose a smaller batch_size, a shorter data.sequence_length, or more text"
         raise DataError(what, where="data.sequence_length", remedy=remedy)
-    return _batches(split, ranges, batch_size, sequence_length, seed, skip)
 
 
 def _batches(
     split: TokenSplit, ranges: Sequence[Range], batch_size: int, sequence_length: int, seed: int, skip: int
 ) -> Iterator[torch.Tensor]:
-    num_sequences = split.num_sequences(sequence_length)
     starts = np.cumsum([0, *(piece.stop - piece.start for piece in ranges)]).tolist()
     for first in range(skip * batch_size, starts[-1], batch_size):
         last = min(first + batch_size, starts[-1])
-        indices = [
-            epoch_order(num_sequences, seed, piece.epoch)[
-                np.arange(max(first, start), min(last, stop)) - start + piece.start
-            ]
+        parts = [
+            _sequences(split, piece, max(first, start) - start, min(last, stop) - start, sequence_length, seed)
             for piece, start, stop in zip(ranges, starts, starts[1:])
             if start < last and first < stop
         ]
-        yield torch.from_numpy(split.sequences(np.concatenate(indices), sequence_length))
+        yield torch.from_numpy(np.concatenate(parts))
+
+
+def _sequences(split: TokenSplit, piece: Range, first: int, stop: int, sequence_length: int, seed: int) -> np.ndarray:
+    """(stop - first, T) int64: the range's sequences first .. stop - 1, counted from its start."""
+    order = epoch_order(split.num_sequences(sequence_length, piece.shard), seed, piece.epoch, piece.shard)
+    return split.sequences(order[piece.start + np.arange(first, stop)], sequence_length, piece.shard)
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

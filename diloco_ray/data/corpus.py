@@ -1,7 +1,7 @@
 """Where documents come from: Python's own source, files on any fsspec path, or a Hugging Face dataset.
 
 A document is UTF-8 bytes; an empty or null row is an empty document. Order is fixed: sorted file names, then rows.
-This module does not know about tokens.
+Labels are another column of the same rows, read beside them. This module does not know about tokens.
 """
 
 import itertools
@@ -10,13 +10,14 @@ import os
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
+from diloco_ray.data.columns import Column, LabelColumn, TextColumn, unknown_column
 from diloco_ray.data.settings import DataSettings
 from diloco_ray.errors import DataError
 from diloco_ray.ids import canonical_json, sha256_hex
@@ -31,27 +32,38 @@ _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "li
 
 @dataclass(frozen=True)
 class Corpus:
-    """`documents()` starts from the first each time; `description` changes when the source is seen to change."""
+    """`documents()` starts from the first each time; `description` changes when the source is seen to change.
+
+    `labels()`: one for each document, in the same order; None where no label column was asked for.
+    """
 
     description: dict[str, Any]
     num_documents: int | None
     documents: Callable[[], Iterator[bytes]]
+    labels: Callable[[], Iterator[str]] | None = None
 
 
 def open_corpus(settings: DataSettings) -> Corpus:
     """The corpus that a recipe names, cut to max_documents. DataError where it cannot be found or holds no text."""
     corpus = _source(settings)
-    limit = settings.max_documents
+    labels, limit = corpus.labels, settings.max_documents
     first = list(itertools.islice(corpus.documents(), min(FEW_DOCUMENTS, limit or FEW_DOCUMENTS)))
     if not any(first):
         remedy = "name a file, folder or dataset with text in it"
         raise DataError(f"corpus {settings.corpus!r} holds no text", where="data.corpus", remedy=remedy)
     if len(first) < FEW_DOCUMENTS:
-        pieces = [piece for document in first for piece in cut(document)]
-        return Corpus(corpus.description, len(pieces), lambda: iter(pieces))
+        cuts = [cut(document) for document in first]
+        pieces = [piece for pieces in cuts for piece in pieces]
+        repeated = [label for label, pieces in zip(labels(), cuts) for _ in pieces] if labels else []
+        return Corpus(corpus.description, len(pieces), lambda: iter(pieces), labels and (lambda: iter(repeated)))
     known = corpus.num_documents
     num_documents = limit if known is None else min(known, limit or known)
-    return Corpus(corpus.description, num_documents, lambda: itertools.islice(corpus.documents(), limit))
+    return Corpus(
+        corpus.description,
+        num_documents,
+        lambda: itertools.islice(corpus.documents(), limit),
+        labels and (lambda: itertools.islice(labels(), limit)),
+    )
 
 
 def cut(document: bytes) -> list[bytes]:
@@ -72,6 +84,8 @@ def cut(document: bytes) -> list[bytes]:
 def _source(settings: DataSettings) -> Corpus:
     name = settings.corpus
     if name == "stdlib":
+        if settings.shards == "label":
+            raise _no_columns(name)
         return _stdlib()
     try:
         fs, path = fsspec.url_to_fs(name)
@@ -115,17 +129,26 @@ def _files(fs: Any, path: str, found: bool, settings: DataSettings) -> Corpus:
         remedy = f"choose one kind with a glob such as {settings.corpus.rstrip('/')}/*.{min(kinds)}"
         raise DataError(f"several kinds of files ({counts})", where=path, remedy=remedy)
     (kind,) = kinds
-    files, column = list(readable), settings.text_column
+    files, (text, label) = list(readable), _columns(settings)
     sizes = [(name, int(fs.size(name) or 0)) for name in files]
     description = {"kind": kind, **_summary(sizes)}
     match kind:
         case "parquet":
-            num_documents = sum(_parquet_rows(fs, file, column) for file in files)
-            return Corpus(description, num_documents, lambda: _each(files, lambda file: _parquet(fs, file, column)))
+            num_documents = sum(_parquet_rows(fs, file, [text, label] if label else [text]) for file in files)
+            read = _parquet
         case "jsonl":
-            return Corpus(description, None, lambda: _each(files, lambda file: _jsonl(fs, file, column)))
+            num_documents = None
+            read = _jsonl
         case _:
+            if label:
+                raise _no_columns(path)
             return Corpus(description, len(files), lambda: _each(files, lambda file: _txt(fs, file)))
+    return Corpus(
+        description,
+        num_documents,
+        lambda: _each(files, lambda file: read(fs, file, text)),
+        label and (lambda: _each(files, lambda file: read(fs, file, label))),
+    )
 
 
 def _dataset(settings: DataSettings) -> Corpus:
@@ -139,40 +162,51 @@ def _dataset(settings: DataSettings) -> Corpus:
         what = f"neither a file nor a dataset that can be loaded: {name!r} ({type(error).__name__}: {error})"
         raise DataError(what, where="data.corpus", remedy=remedy) from error
     assert isinstance(dataset, datasets.Dataset)
-    schema = dataset.features.arrow_schema
-    _check_column(schema, settings.text_column, name)
-    tables = dataset.select_columns([settings.text_column]).with_format("arrow")
+    text, label = _columns(settings)
+    for column in [text, label] if label else [text]:
+        column.check(dataset.features.arrow_schema, name)
     fingerprint = getattr(dataset, "_fingerprint", "")
     description = {"kind": "dataset", "num_documents": dataset.num_rows, "fingerprint": str(fingerprint)}
 
-    def documents() -> Iterator[bytes]:
-        for table in tables.iter(batch_size=1000):
-            yield from _texts(table.column(0))  # type: ignore[union-attr]
+    def read(column: Column) -> Iterator[Any]:
+        for table in dataset.select_columns([column.name]).with_format("arrow").iter(batch_size=1000):
+            yield from column.of_arrow(table.column(0), name)  # type: ignore[union-attr]
 
-    return Corpus(description, dataset.num_rows, documents)
+    return Corpus(description, dataset.num_rows, lambda: read(text), label and (lambda: read(label)))
 
 
-def _parquet_rows(fs: Any, file: str, column: str) -> int:
+def _columns(settings: DataSettings) -> tuple[TextColumn, LabelColumn | None]:
+    label = LabelColumn(settings.label_column or "") if settings.shards == "label" else None
+    return TextColumn(settings.text_column), label
+
+
+def _no_columns(where: str) -> DataError:
+    remedy = "give parquet, jsonl or a dataset with data.label_column in it, or choose data.shards=cluster"
+    return DataError("plain text has no columns to take labels from", where=where, remedy=remedy)
+
+
+def _parquet_rows(fs: Any, file: str, columns: Iterable[Column]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with fs.open(file, "rb") as stream, pq.ParquetFile(stream) as parquet:
-            _check_column(parquet.schema_arrow, column, file)
+            for column in columns:
+                column.check(parquet.schema_arrow, file)
             return parquet.metadata.num_rows
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"not a parquet file: {error}", where=file, remedy="replace or remove the file") from error
 
 
-def _parquet(fs: Any, file: str, column: str) -> Iterator[bytes]:
+def _parquet(fs: Any, file: str, column: Column) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     with fs.open(file, "rb") as stream, pq.ParquetFile(stream) as parquet:
-        for batch in parquet.iter_batches(batch_size=1000, columns=[column]):
-            yield from _texts(batch.column(0))
+        for batch in parquet.iter_batches(batch_size=1000, columns=[column.name]):
+            yield from column.of_arrow(batch.column(0), file)
 
 
-def _jsonl(fs: Any, file: str, column: str) -> Iterator[bytes]:
+def _jsonl(fs: Any, file: str, column: Column) -> Iterator[Any]:
     with fs.open(file, "rb", compression="infer") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -184,13 +218,9 @@ def _jsonl(fs: Any, file: str, column: str) -> Iterator[bytes]:
                 raise DataError(f"not JSON: {error}", where=where, remedy="write one JSON object per line") from error
             if not isinstance(row, dict):
                 raise DataError("not a JSON object", where=where, remedy="write one JSON object per line")
-            if column not in row:
-                raise _unknown_column(column, list(row), where)
-            text = row[column]
-            if text is not None and not isinstance(text, str):
-                raise DataError(f"{column!r} is {text!r:.60}, not text", where=where, remedy="set data.text_column")
-            # A lone surrogate, which JSON can spell, has no UTF-8.
-            yield (text or "").encode("utf-8", "replace")
+            if column.name not in row:
+                raise unknown_column(column, list(row), where)
+            yield column.of_json(row[column.name], where)
 
 
 def _txt(fs: Any, file: str) -> Iterator[bytes]:
@@ -198,33 +228,8 @@ def _txt(fs: Any, file: str) -> Iterator[bytes]:
         yield stream.read()
 
 
-def _each(files: list[str], read: Callable[[str], Iterator[bytes]]) -> Iterator[bytes]:
+def _each(files: list[str], read: Callable[[str], Iterator[Any]]) -> Iterator[Any]:
     return itertools.chain.from_iterable(map(read, files))
-
-
-def _texts(column: Any) -> Iterator[bytes]:
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    return (text or b"" for text in column.cast(pa.large_binary()).to_pylist())
-
-
-def _check_column(schema: Any, column: str, where: str) -> None:
-    import pyarrow.types as kinds
-
-    if column not in schema.names:
-        raise _unknown_column(column, schema.names, where)
-    kind = schema.field(column).type
-    if kinds.is_dictionary(kind):
-        kind = kind.value_type
-    if not (kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)):
-        raise DataError(f"column {column!r} holds {kind}, not text", where=where, remedy="set data.text_column")
-
-
-def _unknown_column(column: str, columns: list[str], where: str) -> DataError:
-    remedy = f"set data.text_column to one of: {', '.join(columns)}"
-    return DataError(f"no column {column!r}", where=where, remedy=remedy)
 
 
 def _kind(name: str) -> str | None:

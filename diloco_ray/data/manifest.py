@@ -1,9 +1,10 @@
 """A folder of prepared data: token shards, the tokenizer, and manifest.json, which is written last and names them all.
 
     manifest.json                 sealed: its own sha256 inside, and the size and sha256 of every other file
-    train-00000.bin, ...          little-endian unsigned tokens, nothing else
+    train-00000.bin, ...          little-endian unsigned tokens, nothing else; train-<group>-00000.bin of several groups
     validation-00000.bin, ...
     tokenizer/                    Hugging Face files
+    centres.bin                   of shards=cluster: what a document's features are nearest to is its group
 
 The folder may lie on any fsspec path. This module does not know how tokens are made or used.
 """
@@ -25,7 +26,6 @@ from diloco_ray.ids import canonical_json, sha256_hex
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer/"
-SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,39 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
-class Split:
-    """num_tokens includes one end-of-document token per document; shards are in order and end between documents."""
+class Group:
+    """Documents that belong together. num_tokens includes one end-of-document token per document; token shards are in
+    order and end between documents. Name: "all", a label, or a cluster's."""
 
-    num_documents: int
-    num_tokens: int
-    shards: tuple[str, ...]
+    name: str
+    num_documents: int = 0
+    num_tokens: int = 0
+    shards: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Its groups, by number. Validation is one group; so is train, unless the settings make more of it."""
+
+    groups: tuple[Group, ...]
+
+    @property
+    def num_documents(self) -> int:
+        return sum(group.num_documents for group in self.groups)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(group.num_tokens for group in self.groups)
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Group after group."""
+        return tuple(shard for group in self.groups for shard in group.shards)
+
+    @staticmethod
+    def from_dict(body: Mapping[str, Any]) -> "Split":
+        """The inverse of asdict after JSON. KeyError or TypeError for anything else."""
+        return Split(tuple(Group(**{**group, "shards": tuple(group["shards"])}) for group in body["groups"]))
 
 
 @dataclass(frozen=True)
@@ -73,7 +100,7 @@ class Manifest:
         """CorruptionError if the bytes are not those of a manifest; `where` names the file."""
         body = unseal(data, where)
         try:
-            body["splits"] = {k: Split(**{**v, "shards": tuple(v["shards"])}) for k, v in body["splits"].items()}
+            body["splits"] = {name: Split.from_dict(split) for name, split in body["splits"].items()}
             body["files"] = {name: StoredFile(**entry) for name, entry in body["files"].items()}
             return Manifest(**body)
         except (KeyError, TypeError) as error:

@@ -1,23 +1,27 @@
 """Corpus to packed token shards: every document's tokens, then the end-of-document token, one after the other.
 
-The result depends on the settings and the corpus alone, byte for byte. Work goes in parts: a part is the next documents
-until one split has TOKENS_PER_SHARD tokens, and becomes one shard of each split. After each part a sealed journal is
-replaced, so an interrupted prepare goes on behind the last whole part; manifest.json is written last.
+The result depends on the settings and the corpus alone, byte for byte (with shards=cluster, on one kind of machine).
+Each group of the train split, and the validation split as a whole, has token shards of its own. Work goes in parts: a
+part is the next documents until one of these has TOKENS_PER_SHARD tokens, and becomes one token shard of each. After
+each part a sealed journal is replaced, so an interrupted prepare goes on behind the last whole part; manifest.json is
+written last.
 """
 
 import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 import numpy as np
 
 from diloco_ray.data.corpus import Corpus, open_corpus
+from diloco_ray.data.groups import CENTRES, Groups, find_groups, groups_again
 from diloco_ray.data.manifest import (
     MANIFEST,
-    SPLITS,
     TOKENIZER,
+    Group,
     Manifest,
     PreparedFolder,
     Split,
@@ -58,11 +62,11 @@ class _Done:
 
 @dataclass
 class _Part:
-    """Tokens that wait to become a shard of each split."""
+    """Tokens that wait to become a token shard of each group, by split and group."""
 
-    num_documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    num_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    tokens: dict[str, list[np.ndarray]] = field(default_factory=lambda: {name: [] for name in SPLITS})
+    num_documents: Counter[tuple[str, int]] = field(default_factory=Counter)
+    num_tokens: Counter[tuple[str, int]] = field(default_factory=Counter)
+    tokens: defaultdict[tuple[str, int], list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
 
 
 def prepare(settings: DataSettings, to: str, *, progress: Progress | None = None) -> Manifest:
@@ -81,29 +85,34 @@ def prepare(settings: DataSettings, to: str, *, progress: Progress | None = None
     done = _taken_up(folder, settings, corpus)
     if done is None:
         tokenizer = build_tokenizer(settings.tokenizer, lambda: _train_documents(corpus, limit))
+        groups = find_groups(settings, corpus, place, limit)
         texts = {f"{TOKENIZER}{name}": data for name, data in tokenizer_files(tokenizer).items()}
-        files = {name: folder.write(name, data) for name, data in texts.items()}
-        done = _Done(0, 0, {name: Split(0, 0, ()) for name in SPLITS}, files)
+        files = {name: folder.write(name, data) for name, data in {**texts, **groups.files}.items()}
+        splits = {"train": Split(tuple(map(Group, groups.names))), "validation": Split((Group("all"),))}
+        done = _Done(0, 0, splits, files)
         _note(folder, settings, corpus, done)
     else:
         tokenizer = tokenizer_from_files(_read_tokenizer(folder, done))
+        names = [group.name for group in done.splits["train"].groups]
+        groups = groups_again(settings, names, {name: folder.read(name) or b"" for name in {CENTRES} & {*done.files}})
     num_tokens = vocab_size(tokenizer)
     eos_token_id = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
     dtype = smallest_dtype(num_tokens)
     encode = encoder(settings.tokenizer, tokenizer, dtype)
 
     part, num_read = _Part(), done.num_read
-    for documents in _batches(islice(corpus.documents(), num_read, None)):
-        _add(part, documents, encode, np.array([eos_token_id], dtype), limit)
-        num_read += len(documents)
-        if max(part.num_tokens.values()) >= TOKENS_PER_SHARD:
+    labels = corpus.labels() if corpus.labels else repeat("")
+    for rows in _batches(islice(zip(corpus.documents(), labels), num_read, None)):
+        _add(part, rows, groups, encode, np.array([eos_token_id], dtype), limit)
+        num_read += len(rows)
+        if max(part.num_tokens.values(), default=0) >= TOKENS_PER_SHARD:
             done = _write(folder, part, replace(done, num_read=num_read))
             _note(folder, settings, corpus, done)
             part = _Part()
         if progress:
             progress(num_read, corpus.num_documents)
     done = _write(folder, part, replace(done, num_read=num_read))
-    _both_splits_hold_text(done, settings)
+    _all_hold_text(done, settings)
     manifest = Manifest(
         settings=settings.content(),
         corpus={**corpus.description, "num_documents": num_read},
@@ -141,11 +150,11 @@ def _train_documents(corpus: Corpus, limit: int) -> Iterator[bytes]:
     return (document for document in corpus.documents() if place(document) >= limit)
 
 
-def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
+def _batches(rows: Iterable[tuple[bytes, str]]) -> Iterator[list[tuple[bytes, str]]]:
     batch, num_bytes = [], 0
-    for document in documents:
-        batch.append(document)
-        num_bytes += len(document)
+    for row in rows:
+        batch.append(row)
+        num_bytes += len(row[0])
         if num_bytes >= BATCH_BYTES:
             yield batch
             batch, num_bytes = [], 0
@@ -153,28 +162,39 @@ def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield batch
 
 
-def _add(part: _Part, documents: list[bytes], encode: Encode, end: np.ndarray, limit: int) -> None:
-    documents = [document for document in documents if document]
-    for document, tokens in zip(documents, encode(documents)):
-        name = SPLITS[place(document) < limit]
-        part.tokens[name] += (tokens, end)
-        part.num_tokens[name] += len(tokens) + 1
-        part.num_documents[name] += 1
+def _add(
+    part: _Part, rows: list[tuple[bytes, str]], groups: Groups, encode: Encode, end: np.ndarray, limit: int
+) -> None:
+    """rows: documents with their labels."""
+    documents = [document for document, _ in rows if document]
+    held_out = [place(document) < limit for document in documents]
+    labels = [label for document, label in rows if document]
+    trained = [number for number, out in enumerate(held_out) if not out]
+    of_train = iter(groups.of([documents[n] for n in trained], [labels[n] for n in trained]))
+    for tokens, out in zip(encode(documents), held_out):
+        key = ("validation", 0) if out else ("train", next(of_train))
+        part.tokens[key] += (tokens, end)
+        part.num_tokens[key] += len(tokens) + 1
+        part.num_documents[key] += 1
 
 
 def _write(folder: PreparedFolder, part: _Part, done: _Done) -> _Done:
-    """The part as one more shard of each split that it has documents of."""
+    """The part as one more token shard of each group that it has documents of."""
     splits, files = dict(done.splits), dict(done.files)
-    for name, before in done.splits.items():
-        if not part.num_documents[name]:
-            continue
-        shard = f"{name}-{done.num_parts:05d}.bin"
-        files[shard] = folder.write(shard, np.concatenate(part.tokens[name]).tobytes())
-        splits[name] = Split(
-            before.num_documents + part.num_documents[name],
-            before.num_tokens + part.num_tokens[name],
+    for key in sorted(part.tokens):
+        name, number = key
+        groups = list(splits[name].groups)
+        stem = f"{name}-{number}" if len(groups) > 1 else name
+        shard = f"{stem}-{done.num_parts:05d}.bin"
+        files[shard] = folder.write(shard, np.concatenate(part.tokens[key]).tobytes())
+        before = groups[number]
+        groups[number] = Group(
+            before.name,
+            before.num_documents + part.num_documents[key],
+            before.num_tokens + part.num_tokens[key],
             (*before.shards, shard),
         )
+        splits[name] = Split(tuple(groups))
     return replace(done, num_parts=done.num_parts + 1, splits=splits, files=files)
 
 
@@ -195,7 +215,7 @@ def _taken_up(folder: PreparedFolder, settings: DataSettings, corpus: Corpus) ->
     try:
         body = unseal(data, folder.url_of(JOURNAL))
         entry = body["done"]
-        splits = {name: Split(**{**split, "shards": tuple(split["shards"])}) for name, split in entry["splits"].items()}
+        splits = {name: Split.from_dict(split) for name, split in entry["splits"].items()}
         files = {name: StoredFile(**file) for name, file in entry["files"].items()}
         done = _Done(entry["num_read"], entry["num_parts"], splits, files)
     except (CorruptionError, KeyError, TypeError):
@@ -228,7 +248,7 @@ def _same_settings(manifest: Manifest, settings: DataSettings, folder: PreparedF
         raise DataError(what, where=folder.url, remedy="choose another data.prepared, or delete this folder")
 
 
-def _both_splits_hold_text(done: _Done, settings: DataSettings) -> None:
+def _all_hold_text(done: _Done, settings: DataSettings) -> None:
     counts = {name: split.num_documents for name, split in done.splits.items()}
     for name, number in counts.items():
         if not number:
@@ -237,3 +257,7 @@ def _both_splits_hold_text(done: _Done, settings: DataSettings) -> None:
             change = "larger" if name == "validation" else "smaller"
             remedy = f"give more text, or choose a {change} data.validation_fraction"
             raise DataError(what, where="data.validation_fraction", remedy=remedy)
+    for group in done.splits["train"].groups:
+        if not group.num_documents:
+            what = f"no training document fell into {group.name}"
+            raise DataError(what, where="data.shards", remedy="choose fewer data.clusters, or give more text")

@@ -1,8 +1,8 @@
 """The data: what a recipe says under `data`."""
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class DataSettings(BaseModel):
@@ -28,6 +28,11 @@ class DataSettings(BaseModel):
     validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="of the documents, chosen by their sha256")
     prepared: str | None = Field(None, description="folder of the token shards; null: beside the runs")
     max_documents: int | None = Field(None, ge=1, description="only the first so many documents")
+    shards: Literal["iid", "label", "cluster"] = Field(
+        "iid", description="iid: all islands draw from all text; else island m from group m mod the number of groups"
+    )
+    label_column: str | None = Field(None, min_length=1, description="shards=label: its values are the groups")
+    clusters: int | None = Field(None, ge=2, description="shards=cluster: how many groups k-means makes")
 
     @field_validator("tokenizer")
     @classmethod
@@ -39,6 +44,19 @@ class DataSettings(BaseModel):
             )
         return value
 
+    @model_validator(mode="after")
+    def _groups_are_named(self) -> "DataSettings":
+        if self.shards == "label" and self.label_column is None:
+            raise ValueError("shards=label needs label_column: the column whose values are the groups")
+        if self.shards == "cluster" and self.clusters is None:
+            raise ValueError("shards=cluster needs clusters: how many groups to make, at most as many as islands")
+        return self
+
     def content(self) -> dict[str, Any]:
-        """The fields that decide what the shards hold; sequences are cut from them later."""
-        return self.model_dump(mode="json", exclude={"prepared", "sequence_length"})
+        """The fields that decide what the token shards hold; sequences are cut from them later.
+
+        What a field that `shards` does not look at says makes no difference: it is null here.
+        """
+        unused = {"label": "clusters", "cluster": "label_column"}.get(self.shards)
+        kept = self.model_dump(mode="json", exclude={"prepared", "sequence_length"})
+        return {**kept, **dict.fromkeys([unused] if unused else ["clusters", "label_column"])}

@@ -1,7 +1,8 @@
-"""Prepared tokens, read: sequence i of a split is tokens i*T .. (i+1)*T - 1 of its shards laid end to end.
+"""Prepared tokens, read: sequence i of a group is tokens i*T .. (i+1)*T - 1 of its token shards laid end to end.
 
-Local shards are mapped into memory; those elsewhere are copied once into a cache folder. A shard's sha256 is checked
-when it is first touched. This module does not know in which order sequences are trained on.
+So no sequence holds text of two groups. The sequences of a group are what other rooms call a data shard; its number is
+the group's. Local files are mapped into memory; those elsewhere are copied once into a cache folder. A file's sha256 is
+checked when it is first touched. This module does not know in which order sequences are trained on.
 """
 
 from pathlib import Path
@@ -41,11 +42,13 @@ class TokenShards:
 
 
 class TokenSplit:
-    """The shards of one split. Not shared between threads."""
+    """The groups of one split. Not shared between threads."""
 
     def __init__(self, name: str, manifest: Manifest, folder: Path):
         self.name = name
+        self.groups = manifest.splits[name].groups
         self.num_tokens = manifest.splits[name].num_tokens
+        self._group_starts = np.cumsum([0, *(group.num_tokens for group in self.groups)]).tolist()
         self._paths = [folder / shard for shard in manifest.splits[name].shards]
         self._entries = [manifest.files[path.name] for path in self._paths]
         self._dtype = np.dtype(manifest.dtype)
@@ -53,24 +56,34 @@ class TokenSplit:
         self._starts = np.cumsum([0, *sizes])
         self._open: dict[int, np.ndarray] = {}
 
-    def num_sequences(self, sequence_length: int) -> int:
-        """Whole sequences; the tail is dropped. DataError where there is not even one."""
-        number = self.num_tokens // sequence_length
+    def describe(self, shard: int) -> str:
+        """For people: "the train part", and which group of it where there are several."""
+        group = f", group {shard} ({self.groups[shard].name})" if len(self.groups) > 1 else ""
+        return f"the {self.name} part{group}"
+
+    def shard_sizes(self, sequence_length: int) -> tuple[int, ...]:
+        """num_sequences of every group."""
+        return tuple(self.num_sequences(sequence_length, shard) for shard in range(len(self.groups)))
+
+    def num_sequences(self, sequence_length: int, shard: int = 0) -> int:
+        """Whole sequences of a group; its tail is dropped. DataError where there is not even one."""
+        num_tokens = self.groups[shard].num_tokens
+        number = num_tokens // sequence_length
         if not number:
-            what = f"the {self.name} part has {self.num_tokens} tokens, fewer than one sequence of {sequence_length}"
+            what = f"{self.describe(shard)} has {num_tokens} tokens, fewer than one sequence of {sequence_length}"
             remedy = "choose a shorter data.sequence_length, a larger data.validation_fraction, or more text"
             raise DataError(what, where="data.sequence_length", remedy=remedy)
         return number
 
-    def sequences(self, indices: np.ndarray, sequence_length: int) -> np.ndarray:
-        """(B, T) int64, the caller's own. IndexError for a number outside 0 .. num_sequences - 1."""
-        number = self.num_sequences(sequence_length)
+    def sequences(self, indices: np.ndarray, sequence_length: int, shard: int = 0) -> np.ndarray:
+        """(B, T) int64, the caller's own. IndexError for a number outside 0 .. num_sequences - 1 of the group."""
+        number = self.num_sequences(sequence_length, shard)
         indices = np.asarray(indices, np.int64)
         if indices.size and (indices.min() < 0 or indices.max() >= number):
-            raise IndexError(f"sequences {indices.min()}..{indices.max()} of {number} in {self.name}")
+            raise IndexError(f"sequences {indices.min()}..{indices.max()} of {number} in {self.describe(shard)}")
         tokens_BT = np.empty((len(indices), sequence_length), np.int64)
         for row, index in zip(tokens_BT, indices.tolist()):
-            self._read(index * sequence_length, row)
+            self._read(self._group_starts[shard] + index * sequence_length, row)
         return tokens_BT
 
     def _read(self, start: int, row: np.ndarray) -> None:

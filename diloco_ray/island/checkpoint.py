@@ -9,11 +9,10 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from diloco_ray.errors import CorruptionError, StoreError
-from diloco_ray.island.inner_optimizer import load_state_tensors_, state_tensors
+from diloco_ray.island.inner_optimizer import InnerOptimizer, load_state_tensors_, state_tensors
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import load_tensors, save_tensors
 
@@ -27,14 +26,14 @@ class IslandCheckpoints:
     store: RunStore
     run_id: str
 
-    def save(self, round: int, optimizer: torch.optim.Optimizer, own_steps: int | None) -> None:
+    def save(self, round: int, optimizer: InnerOptimizer, own_steps: int | None) -> None:
         """own_steps: see `learning_rate_at`."""
         meta = {"run_id": self.run_id, "round": round, "own_steps": own_steps}
         save_tensors(self.store, _path(round), state_tensors(optimizer), meta)
         for old in [r for r in self.rounds() if r <= round][:-KEPT]:  # later ones are not of this run
             self.delete(old)
 
-    def load_(self, round: int, optimizer: torch.optim.Optimizer) -> tuple[int, int | None] | None:
+    def load_(self, round: int, optimizer: InnerOptimizer) -> tuple[int, int | None] | None:
         """Loads the newest checkpoint at or before `round`; returns its round and own_steps, or None if there is none.
 
         A damaged one, or one of another run, is passed over: an older one or a fresh start is right as well.

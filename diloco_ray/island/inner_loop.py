@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from diloco_ray.island.inner_optimizer import InnerOptimizer
 from diloco_ray.island.settings import InnerSettings
 
 
@@ -30,7 +31,7 @@ class InnerLoop:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: InnerOptimizer,
         batches_BT: Iterable[Tensor],
         settings: InnerSettings,
         *,

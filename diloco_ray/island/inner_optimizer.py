@@ -1,22 +1,80 @@
-"""The inner optimizer of one island: AdamW (or SGD, the control), its learning rate, its state on disk.
+"""The inner optimizer of one island: AdamW, Muon, or SGD (the control), its learning rate, its state on disk.
 
 The schedule runs on the global inner step, so that islands that join late train with everybody's learning rate.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diloco_ray.errors import ConfigError
 from diloco_ray.island.settings import InnerSettings
 
+_NOT_HIDDEN = ("embed", "wte", "wpe", "lm_head")  # in a tensor's name: embeddings and the head
 
-def build_inner_optimizer(settings: InnerSettings, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """One group, weight decay on every parameter, as in torch.optim; fused AdamW where torch has it."""
+
+class MuonAndAdamW:
+    """Two optimizers that step as one. Their parameters are numbered through, those of the first one first."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]):
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+
+InnerOptimizer = torch.optim.Optimizer | MuonAndAdamW
+
+
+def build_inner_optimizer(settings: InnerSettings, parameters: Mapping[str, Tensor]) -> InnerOptimizer:
+    """Weight decay on every parameter, as in torch.optim; fused AdamW where torch has it.
+
+    Muon (arXiv 2502.16982) orthogonalises the momentum of the hidden matrices; AdamW takes the rest: embeddings, head,
+    norms, biases. Muon's updates are scaled to the size that AdamW's usually have, so that one learning rate and one
+    weight decay serve both; its other numbers are torch's. ConfigError where this torch has no Muon.
+    """
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        return torch.optim.SGD(parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    if settings.optimizer == "adamw":
+        return _adamw(settings, list(parameters.values()))
+    check_available(settings)
+    hidden = [tensor for name, tensor in parameters.items() if is_hidden_matrix(name, tensor)]
+    rest = [tensor for name, tensor in parameters.items() if not is_hidden_matrix(name, tensor)]
+    parts: list[torch.optim.Optimizer] = []
+    if hidden:
+        decay = settings.weight_decay
+        muon = torch.optim.Muon(hidden, settings.learning_rate, decay, adjust_lr_fn="match_rms_adamw")
+        parts.append(muon)
+    if rest:
+        parts.append(_adamw(settings, rest))
+    return MuonAndAdamW(parts)
+
+
+def is_hidden_matrix(name: str, tensor: Tensor) -> bool:
+    """Whether Muon is for it: two dimensions, and neither an embedding nor the head by its name."""
+    return tensor.ndim == 2 and not any(part in name for part in _NOT_HIDDEN)
+
+
+def check_available(settings: InnerSettings) -> None:
+    """ConfigError where this torch has no such optimizer."""
+    if settings.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        remedy = "install torch 2.9 or later, or choose adamw"
+        raise ConfigError(f"torch {torch.__version__} has no Muon", where="inner.optimizer", remedy=remedy)
+
+
+def _adamw(settings: InnerSettings, parameters: list[Tensor]) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         parameters,
         lr=settings.learning_rate,
@@ -45,21 +103,31 @@ def learning_rate_at(settings: InnerSettings, step: int, num_steps: int, own_ste
     return rate
 
 
-def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state_tensors(optimizer: InnerOptimizer) -> dict[str, Tensor]:
     """Every tensor of the optimizer's state as `<parameter number>.<name>`, on the CPU."""
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
     return {
-        f"{number}.{name}": value.detach().cpu().contiguous()
-        for number, entries in sorted(state.items())
+        f"{first + number}.{name}": value.detach().cpu().contiguous()
+        for first, _, part in _numbered(optimizer)
+        for number, entries in sorted(part.state_dict()["state"].items())
         for name, value in sorted(entries.items())
         if isinstance(value, Tensor)
     }
 
 
-def load_state_tensors_(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_state_tensors_(optimizer: InnerOptimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `state_tensors`, onto the parameters' devices."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for first, stop, part in _numbered(optimizer):
+        own = {number - first: entries for number, entries in state.items() if first <= number < stop}
+        part.load_state_dict({"state": own, "param_groups": part.state_dict()["param_groups"]})
+
+
+def _numbered(optimizer: InnerOptimizer) -> Iterator[tuple[int, int, torch.optim.Optimizer]]:
+    """Each torch optimizer with the numbers first .. stop - 1 of its parameters."""
+    stop = 0
+    for part in optimizer.parts if isinstance(optimizer, MuonAndAdamW) else [optimizer]:
+        first, stop = stop, stop + sum(len(group["params"]) for group in part.param_groups)
+        yield first, stop, part

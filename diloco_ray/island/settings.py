@@ -16,7 +16,9 @@ class InnerSettings(BaseModel):
     )
     batch_size: int = Field(8, ge=1, description="sequences per inner step and island")
     accumulate: int = Field(1, ge=1, description="equal parts that a batch is computed in")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "muon", "sgd"] = Field(
+        "adamw", description="muon: for hidden matrices, with AdamW for the rest (MuLoCo, arXiv 2505.23725)"
+    )
     learning_rate: float = Field(4e-4, gt=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0, description="global inner steps")

@@ -241,7 +241,7 @@ class Island:
     # ---- the inner optimizer ----
 
     def _new_optimizer(self) -> None:
-        self._optimizer = build_inner_optimizer(self.job.inner, self._tensors.values())
+        self._optimizer = build_inner_optimizer(self.job.inner, self._tensors)
 
     def _load_optimizer(self, round: int) -> None:
         """State at the start of this round, or the newest older one; without any, a joiner's ramp (none in round 0)."""

@@ -1,12 +1,12 @@
 """Verify: the proof, from the stored files alone, that a run is what its log says.
 
 Every seal, digest and link of the chain is checked, every outer step is replayed bit for bit, every snapshot is
-compared with the replay at its index, and every token has one fate. Damage becomes a problem that names its file; the
-rest is still checked: after a damaged record or payload, replay goes on from the next sound snapshot. It does not know
-what a recipe is: the caller says how run.json becomes a replica.
+compared with the replay at its index, and every token has one fate. Damage becomes a problem that names its file; after
+a damaged record or payload, replay goes on from the next sound snapshot. What a recipe is, only the caller knows.
 """
 
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,7 +143,7 @@ class _Tokens:
 
     complete: bool = True  # no record was skipped
     committed: int = 0
-    spent: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict[int, list[tuple[int, int, int]]])
+    spent: defaultdict[tuple[int, int], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
     keys: dict[tuple[int, int, str], int] = field(default_factory=dict[tuple[int, int, str], int])
 
     def problems(self, record: Record) -> Iterator[str]:
@@ -169,13 +169,13 @@ class _Tokens:
                 f"{record.fragment}: committed before in record {earlier}, or from a base that was still to come"
             )
         for piece in share.spent:
-            taken = self.spent.setdefault(piece.epoch, [])
+            taken = self.spent[piece.shard, piece.epoch]
             place = bisect_left(taken, (piece.start, piece.stop, -1))
             for start, stop, index in taken[max(0, place - 1) : place + 1]:
                 if start < piece.stop and piece.start < stop:
                     yield (
-                        f"sequences {piece.start}..{piece.stop} of epoch {piece.epoch} ({share.island}) overlap "
-                        f"{start}..{stop} of record {index}"
+                        f"sequences {piece.start}..{piece.stop} of epoch {piece.epoch} of shard {piece.shard} "
+                        f"({share.island}) overlap {start}..{stop} of record {index}"
                     )
             if not 0 <= piece.start < piece.stop:
                 yield f"{share.island} spent sequences {piece.start}..{piece.stop}"

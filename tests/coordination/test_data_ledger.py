@@ -7,12 +7,13 @@ from toy_world import check_account, check_cover
 
 from diloco_ray.coordination.data_ledger import DataLedger
 from diloco_ray.coordination.messages import DataRange
+from diloco_ray.ids import island_name
 
 TOKENS = 8
 
 
-def ledger(num_sequences: int = 10, prefix: str = "1") -> DataLedger:
-    return DataLedger(num_sequences, TOKENS, prefix)
+def ledger(*shard_sizes: int, prefix: str = "1") -> DataLedger:
+    return DataLedger(shard_sizes or (10,), TOKENS, prefix)
 
 
 # ---- lease and settle ----
@@ -22,19 +23,19 @@ def test_new_data_is_leased_in_order_with_ids_of_this_coordinators_life():
     one, first = ledger(prefix="7").lease("a", 4)
     two, second = one.lease("b", 4)
     assert (first.id, second.id) == ("7.1", "7.2")
-    assert (first.ranges, second.ranges) == ((DataRange(0, 0, 4),), (DataRange(0, 4, 8),))
+    assert (first.ranges, second.ranges) == ((DataRange(0, 0, 0, 4),), (DataRange(0, 0, 4, 8),))
     assert first.num_tokens == 4 * TOKENS
     assert two.account()["outstanding"] == 8 * TOKENS
 
 
 def test_a_lease_may_span_epochs():
     one, lease = ledger().lease("a", 25)
-    assert lease.ranges == (DataRange(0, 0, 10), DataRange(1, 0, 10), DataRange(2, 0, 5))
-    assert one.cursor == (2, 5)
+    assert lease.ranges == (DataRange(0, 0, 0, 10), DataRange(0, 1, 0, 10), DataRange(0, 2, 0, 5))
+    assert one.cursor() == (2, 5)
 
 
 def test_the_last_sequence_of_an_epoch_moves_the_cursor_to_the_next():
-    assert ledger().lease("a", 10)[0].cursor == (1, 0)
+    assert ledger().lease("a", 10)[0].cursor() == (1, 0)
 
 
 def test_committed_data_is_spent_and_any_other_fate_gives_it_back():
@@ -42,7 +43,7 @@ def test_committed_data_is_spent_and_any_other_fate_gives_it_back():
     assert one.settle(lease.id, "committed").returned == ()
     for fate in ("rejected", "expired", "rewound"):
         back = one.settle(lease.id, fate)
-        assert back.returned == ((DataRange(0, 0, 4), "a"),)
+        assert back.returned == ((DataRange(0, 0, 0, 4), "a"),)
         assert back.account()[fate] == 4 * TOKENS
 
 
@@ -56,46 +57,48 @@ def test_returned_data_goes_first_to_its_last_holder_then_to_others_before_any_n
     one, a = ledger().lease("a", 3)
     one, b = one.lease("b", 3)
     one = one.settle(a.id, "expired").settle(b.id, "expired")
-    assert one.lease("b", 3)[1].ranges == (DataRange(0, 3, 6),)
-    assert one.lease("c", 3)[1].ranges == (DataRange(0, 0, 3),)
-    assert one.lease("b", 8)[1].ranges == (DataRange(0, 3, 6), DataRange(0, 0, 3), DataRange(0, 6, 8))
+    assert one.lease("b", 3)[1].ranges == (DataRange(0, 0, 3, 6),)
+    assert one.lease("c", 3)[1].ranges == (DataRange(0, 0, 0, 3),)
+    assert one.lease("b", 8)[1].ranges == (DataRange(0, 0, 3, 6), DataRange(0, 0, 0, 3), DataRange(0, 0, 6, 8))
 
 
 def test_what_is_left_of_a_returned_range_keeps_its_holder():
     one, a = ledger().lease("a", 4)
     one, lease = one.settle(a.id, "expired").lease("b", 1)
-    assert lease.ranges == (DataRange(0, 0, 1),)
-    assert one.returned == ((DataRange(0, 1, 4), "a"),)
+    assert lease.ranges == (DataRange(0, 0, 0, 1),)
+    assert one.returned == ((DataRange(0, 0, 1, 4), "a"),)
 
 
 # ---- adopt ----
 
 
 def test_a_lease_of_an_earlier_life_is_adopted_where_its_data_is_free():
-    after = ledger(prefix="2").adopt("1.2", "b", (DataRange(0, 4, 8),))
+    after = ledger(prefix="2").adopt("1.2", "b", (DataRange(0, 0, 4, 8),))
     assert after is not None
-    assert after.cursor == (0, 8)
-    assert after.returned == ((DataRange(0, 0, 4), ""),)
+    assert after.cursor() == (0, 8)
+    assert after.returned == ((DataRange(0, 0, 0, 4), ""),)
     assert after.outstanding["1.2"].island == "b"
 
 
 def test_a_lease_across_an_epochs_end_is_adopted():
-    after = ledger(prefix="2").adopt("1.3", "c", (DataRange(0, 8, 10), DataRange(1, 0, 2)))
+    after = ledger(prefix="2").adopt("1.3", "c", (DataRange(0, 0, 8, 10), DataRange(0, 1, 0, 2)))
     assert after is not None
-    assert after.cursor == (1, 2)
-    assert after.returned == ((DataRange(0, 0, 8), ""),)
+    assert after.cursor() == (1, 2)
+    assert after.returned == ((DataRange(0, 0, 0, 8), ""),)
 
 
 @pytest.mark.parametrize(
     "ranges",
     [
-        (DataRange(0, 2, 6),),  # half of it is leased
-        (DataRange(0, 4, 6), DataRange(0, 5, 7)),  # twice the same
-        (DataRange(0, 8, 12),),  # past the epoch's end
-        (DataRange(0, 6, 6),),
-        (DataRange(0, -2, 2),),
-        (DataRange(-1, 0, 4),),
-        (DataRange(10**12, 0, 4),),
+        (DataRange(0, 0, 2, 6),),  # half of it is leased
+        (DataRange(0, 0, 4, 6), DataRange(0, 0, 5, 7)),  # twice the same
+        (DataRange(0, 0, 8, 12),),  # past the epoch's end
+        (DataRange(0, 0, 6, 6),),
+        (DataRange(0, 0, -2, 2),),
+        (DataRange(0, -1, 0, 4),),
+        (DataRange(0, 10**12, 0, 4),),
+        (DataRange(1, 0, 0, 4),),  # a shard that is not there
+        (DataRange(-1, 0, 4, 8),),
     ],
 )
 def test_a_lease_whose_data_is_not_free_is_not_adopted(ranges: tuple[DataRange, ...]):
@@ -105,7 +108,7 @@ def test_a_lease_whose_data_is_not_free_is_not_adopted(ranges: tuple[DataRange, 
 
 def test_a_lease_that_is_outstanding_is_not_adopted_again():
     one, lease = ledger().lease("a", 4)
-    assert one.adopt(lease.id, "a", (DataRange(0, 4, 8),)) is None
+    assert one.adopt(lease.id, "a", (DataRange(0, 0, 4, 8),)) is None
 
 
 # ---- recovered ----
@@ -122,12 +125,47 @@ def test_a_recovered_ledger_has_what_the_log_spent_and_leases_the_gaps_first():
 
 def test_a_log_that_spends_a_range_twice_is_refused():
     with pytest.raises(ValueError, match="committed twice"):
-        ledger().recovered([DataRange(0, 0, 4), DataRange(0, 2, 6)], ledger().account())
+        ledger().recovered([DataRange(0, 0, 0, 4), DataRange(0, 0, 2, 6)], ledger().account())
 
 
 def test_a_log_that_left_out_a_whole_epoch_is_recovered():
-    after = ledger().recovered([DataRange(2, 0, 5)], ledger().account())
-    assert [r for r, _ in after.returned] == [DataRange(0, 0, 10), DataRange(1, 0, 10)]
+    after = ledger().recovered([DataRange(0, 2, 0, 5)], ledger().account())
+    assert [r for r, _ in after.returned] == [DataRange(0, 0, 0, 10), DataRange(0, 1, 0, 10)]
+
+
+# ---- several data shards ----
+
+
+def test_an_island_trains_on_the_shard_of_its_number_modulo_theirs():
+    names = [island_name(number) for number in range(7)]
+    assert [ledger(4, 5, 6).shard_of(name) for name in names] == [0, 1, 2, 0, 1, 2, 0]
+    assert {ledger().shard_of(name) for name in [*names, "any name"]} == {0}
+
+
+def test_each_shard_has_a_cursor_and_epochs_of_its_own():
+    one, first = ledger(3, 10).lease("island-00", 4, 0)
+    one, second = one.lease("island-01", 4, 1)
+    assert first.ranges == (DataRange(0, 0, 0, 3), DataRange(0, 1, 0, 1))
+    assert second.ranges == (DataRange(1, 0, 0, 4),)
+    assert (one.cursor(0), one.cursor(1)) == ((1, 1), (0, 4))
+
+
+def test_returned_data_stays_in_its_shard():
+    one, first = ledger(10, 10).lease("island-00", 4, 0)
+    one = one.settle(first.id, "expired")
+    one, other = one.lease("island-01", 4, 1)
+    assert other.ranges == (DataRange(1, 0, 0, 4),)
+    assert one.returned == ((DataRange(0, 0, 0, 4), "island-00"),)
+    assert one.lease("island-02", 6, 0)[1].ranges == (DataRange(0, 0, 0, 4), DataRange(0, 0, 4, 6))
+
+
+def test_a_lease_is_adopted_on_the_islands_own_shard_only():
+    one = ledger(10, 10, prefix="2")
+    assert one.adopt("1.1", "island-00", (DataRange(1, 0, 0, 4),)) is None
+    after = one.adopt("1.1", "island-03", (DataRange(1, 0, 4, 8),))
+    assert after is not None
+    assert (after.cursor(0), after.cursor(1)) == ((0, 0), (0, 8))
+    assert after.returned == ((DataRange(1, 0, 0, 4), ""),)
 
 
 # ---- properties ----
@@ -137,24 +175,26 @@ verbs = st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
-    num_sequences=st.integers(1, 12),
-    story=st.lists(st.tuples(verbs, st.sampled_from("abc"), st.integers(0, 9)), max_size=40),
+    shard_sizes=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    story=st.lists(st.tuples(verbs, st.integers(0, 3), st.integers(0, 9)), max_size=40),
 )
 def test_every_sequence_is_in_one_place_and_the_account_adds_up_in_any_story(
-    num_sequences: int, story: list[tuple[str, str, int]]
+    shard_sizes: list[int], story: list[tuple[str, int, int]]
 ):
-    life, now, before, spent = 1, ledger(num_sequences), ledger(num_sequences), []
+    life, now, before, spent = 1, ledger(*shard_sizes), ledger(*shard_sizes), []
     for verb, island, number in story:
+        name = island_name(island)
         open_leases = sorted(now.outstanding)
         picked = now.outstanding[open_leases[number % len(open_leases)]] if open_leases else None
         if verb == "lease":
-            now, lease = now.lease(island, number + 1)
+            now, lease = now.lease(name, number + 1, now.shard_of(name))
             assert sum(r.num_sequences for r in lease.ranges) == number + 1
+            assert {r.shard for r in lease.ranges} == {island % len(shard_sizes)}
         elif verb == "restart":
             life, before = life + 1, now
-            now = ledger(num_sequences, str(life)).recovered(spent, now.account())
+            now = ledger(*shard_sizes, prefix=str(life)).recovered(spent, now.account())
         elif verb == "adopt":
             for lease in before.outstanding.values():
                 now = now.adopt(lease.id, lease.island, lease.ranges) or now
@@ -166,15 +206,20 @@ def test_every_sequence_is_in_one_place_and_the_account_adds_up_in_any_story(
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(num_sequences=st.integers(1, 12), size=st.integers(1, 5), kept=st.lists(st.booleans(), min_size=1, max_size=30))
+@given(
+    shard_sizes=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    size=st.integers(1, 5),
+    kept=st.lists(st.booleans(), min_size=1, max_size=30),
+)
 def test_a_finished_epoch_has_every_sequence_once_whatever_was_given_back(
-    num_sequences: int, size: int, kept: list[bool]
+    shard_sizes: list[int], size: int, kept: list[bool]
 ):
-    now, spent = ledger(num_sequences), []
-    while now.cursor[0] < 2 or now.returned:
-        now, lease = now.lease("a", size)
-        keep = kept.pop() if kept else True
-        now = now.settle(lease.id, "committed" if keep else "expired")
-        spent += [(r.epoch, s) for r in lease.ranges for s in range(r.start, r.stop) if keep]
-    finished = sorted(item for item in spent if item[0] < 2)
-    assert finished == [(epoch, s) for epoch in range(2) for s in range(num_sequences)]
+    now, spent, shards = ledger(*shard_sizes), [], range(len(shard_sizes))
+    while now.returned or min(now.cursor(shard)[0] for shard in shards) < 2:
+        for shard in shards:
+            now, lease = now.lease(island_name(shard), size, shard)
+            keep = kept.pop() if kept else True
+            now = now.settle(lease.id, "committed" if keep else "expired")
+            spent += [(r.shard, r.epoch, s) for r in lease.ranges for s in range(r.start, r.stop) if keep]
+    finished = sorted(item for item in spent if item[1] < 2)
+    assert finished == [(shard, epoch, s) for shard in shards for epoch in (0, 1) for s in range(shard_sizes[shard])]

@@ -120,7 +120,7 @@ class World:
         self.check()
 
     def recovered(self) -> RunState:
-        ledger = DataLedger(self.num_sequences, TOKENS_PER_SEQUENCE, str(self.life))
+        ledger = DataLedger((self.num_sequences,), TOKENS_PER_SEQUENCE, str(self.life))
         fresh = RunState(self.rules, ledger, versions=(0,) * self.rules.num_fragments)
         return recover(fresh, self.log)
 
@@ -336,15 +336,19 @@ def check_account(account: dict[str, int]) -> None:
 def check_no_overlap(ranges: list[DataRange]) -> None:
     """I9."""
     for one, next_one in pairwise(sorted(ranges)):
-        assert one.epoch < next_one.epoch or one.stop <= next_one.start, f"{one} and {next_one} overlap"
+        apart = (one.shard, one.epoch) < (next_one.shard, next_one.epoch) or one.stop <= next_one.start
+        assert apart, f"{one} and {next_one} overlap"
 
 
 def check_cover(ledger: DataLedger, spent: list[DataRange]) -> None:
-    """Every sequence before the cursor is in exactly one place: spent, outstanding or returned."""
+    """Every sequence before its shard's cursor is in exactly one place: spent, outstanding or returned."""
     outstanding = [r for lease in ledger.outstanding.values() for r in lease.ranges]
-    ranges = spent + outstanding + [r for r, _ in ledger.returned]
-    check_no_overlap(ranges)
-    epoch, position = ledger.cursor
-    assert all(0 <= r.start < r.stop <= ledger.num_sequences for r in ranges)
-    assert sum(r.num_sequences for r in ranges) == epoch * ledger.num_sequences + position
-    assert not ranges or (max(ranges).epoch, max(ranges).stop) <= ledger.cursor
+    everything = spent + outstanding + [r for r, _ in ledger.returned]
+    check_no_overlap(everything)
+    for shard, size in enumerate(ledger.shard_sizes):
+        ranges = [r for r in everything if r.shard == shard]
+        epoch, position = ledger.cursor(shard)
+        assert all(0 <= r.start < r.stop <= size for r in ranges)
+        assert sum(r.num_sequences for r in ranges) == epoch * size + position
+        assert not ranges or (max(ranges).epoch, max(ranges).stop) <= ledger.cursor(shard)
+    assert {r.shard for r in everything} <= set(range(len(ledger.shard_sizes)))

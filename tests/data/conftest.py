@@ -15,6 +15,11 @@ def make_documents(number: int, seed: int = 0) -> list[str]:
     return ["\n".join(" ".join(rng.choices(WORDS, k=12)) for _ in range(rng.randint(1, 20))) for _ in range(number)]
 
 
+def speaker(number: int) -> str:
+    """Uneven: about one in five is by B."""
+    return "B" if number % 5 == 3 else "A"
+
+
 @pytest.fixture(scope="session")
 def documents() -> list[str]:
     return make_documents(400)
@@ -27,6 +32,7 @@ def corpus(documents, tmp_path_factory) -> str:
     import pyarrow.parquet as pq
 
     path = tmp_path_factory.mktemp("a corpus") / "speeches.parquet"
-    table = pa.table({"year": list(range(len(documents))), "text": documents})
+    columns = {"year": list(range(len(documents))), "text": documents, "speaker": [speaker(n) for n in range(400)]}
+    table = pa.table(columns)
     pq.write_table(table, path, row_group_size=64)
     return str(path)

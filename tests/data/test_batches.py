@@ -18,6 +18,7 @@ class Positions:
     epoch: int
     start: int
     stop: int
+    shard: int = 0
 
 
 GOLDEN = [1, 0, 3, 7, 5, 4, 8, 9, 6, 2]
@@ -92,3 +93,35 @@ def test_islands_with_neighbouring_ranges_share_no_sequence(split):
 def test_fewer_sequences_than_a_batch_are_refused_when_asked_not_when_read(split):
     with pytest.raises(DataError, match="fewer than batch_size=100000"):
         batches(split, [Positions(0, 0, 1)], 100_000, 64, seed=0)
+
+
+# ---- data shards ----
+
+
+@pytest.fixture(scope="module")
+def two_shards(corpus, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("prepared"))
+    prepare(DataSettings(corpus=corpus, shards="label", label_column="speaker"), folder)
+    return TokenShards.open(folder).split("train")
+
+
+def test_each_shard_has_an_order_of_its_own_and_shard_0_the_one_that_is_written_down():
+    assert epoch_order(10, seed=0, epoch=0, shard=0)[np.arange(10)].tolist() == GOLDEN
+    orders = {tuple(epoch_order(500, seed=0, epoch=1, shard=shard)[np.arange(500)]) for shard in range(5)}
+    assert len(orders) == 5
+
+
+def test_batches_read_the_shard_that_each_range_names(two_shards):
+    sizes = two_shards.shard_sizes(64)
+    ranges = [Positions(0, 2, 7, shard=1), Positions(1, 0, 4, shard=0)]
+    found = torch.cat(list(batches(two_shards, ranges, 4, 64, seed=7)))
+    ones = two_shards.sequences(epoch_order(sizes[1], 7, 0, 1)[np.arange(2, 7)], 64, 1)
+    zeros = two_shards.sequences(epoch_order(sizes[0], 7, 1)[np.arange(4)], 64, 0)
+    assert torch.equal(found, torch.from_numpy(np.concatenate([ones, zeros])))
+
+
+def test_a_shard_smaller_than_a_batch_is_refused_by_its_name(two_shards):
+    small, large = sorted(two_shards.shard_sizes(64))
+    with pytest.raises(DataError, match=rf"group 1 \(B\) has {small} sequences of 64, fewer than batch_size={large}"):
+        batches(two_shards, [Positions(0, 0, 1, shard=1)], large, 64, seed=0)
+    assert list(batches(two_shards, [Positions(0, 0, 1, shard=0)], large, 64, seed=0))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from diloco_ray.data.corpus import FEW_DOCUMENTS, PIECE_BYTES, cut, open_corpus
 from diloco_ray.data.settings import DataSettings
 from diloco_ray.errors import DataError
+from tests.data.conftest import speaker
 
 
 def read(path, **fields) -> list[bytes]:
@@ -107,7 +108,7 @@ def test_what_is_wrong_with_a_corpus_is_said(corpus, tmp_path):
         (tmp_path / name).write_text(content)
         return tmp_path / name
 
-    assert "year, text" in problem(corpus, text_column="txt")
+    assert "year, text, speaker" in problem(corpus, text_column="txt")
     assert "int64, not text" in problem(corpus, text_column="year")
     assert "no-such" in problem(tmp_path / "no-such.parquet")
     assert "no-such" in problem("nobody/no-such-dataset")
@@ -116,8 +117,59 @@ def test_what_is_wrong_with_a_corpus_is_said(corpus, tmp_path):
     assert "line 2" in problem(file("bad.jsonl", '{"text": "a"}\n{"text": '))
     assert "set data.text_column to one of: body" in problem(file("other.jsonl", '{"body": "a"}\n'))
     assert "not a JSON object" in problem(file("array.jsonl", "[1]\n"))
-    assert "is 7, not text" in problem(file("number.jsonl", '{"text": 7}\n'))
+    assert "holds 7, not text" in problem(file("number.jsonl", '{"text": 7}\n'))
     assert "several kinds" in problem(tmp_path)
     (tmp_path / "none").mkdir()
     assert "no parquet, jsonl or txt" in problem(tmp_path / "none")
     assert "cannot be reached" in problem("nosuchprotocol://bucket/x")
+
+
+# ---- labels ----
+
+
+def labels(path, **fields) -> list[str]:
+    settings = DataSettings(corpus=str(path), shards="label", **{"label_column": "speaker", **fields})
+    corpus = open_corpus(settings)
+    assert corpus.labels is not None
+    found = list(corpus.labels())
+    assert len(found) == len(list(corpus.documents()))
+    return found
+
+
+def test_every_kind_of_rows_gives_the_same_labels(documents, corpus, tmp_path, monkeypatch):
+    import datasets
+
+    expected = [speaker(number) for number in range(len(documents))]
+    rows = [{"text": text, "speaker": name, "by_a": name == "A"} for text, name in zip(documents, expected)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = datasets.Dataset.from_list(rows).class_encode_column("by_a")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: dataset)
+    assert labels(corpus) == labels(tmp_path / "rows.jsonl") == labels("some/dataset") == expected
+    assert labels(corpus, max_documents=150) == expected[:150]
+    assert labels(corpus, label_column="year")[:3] == ["0", "1", "2"]
+    assert set(labels(tmp_path / "rows.jsonl", label_column="by_a")) == {"true", "false"}
+    assert set(labels("some/dataset", label_column="by_a")) == {"0", "1"}
+    assert open_corpus(DataSettings(corpus=str(corpus), label_column="speaker")).labels is None
+
+
+def test_the_pieces_of_a_document_have_its_label(tmp_path):
+    rows = [{"text": "a line\n" * 2000, "speaker": "A"}, {"text": "short", "speaker": "B"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert labels(tmp_path / "rows.jsonl") == ["A"] * 4 + ["B"]
+
+
+def test_what_is_wrong_with_labels_is_said(corpus, tmp_path):
+    def label_problem(path, **fields) -> str:
+        with pytest.raises(DataError) as caught:
+            labels(path, **fields)
+        return str(caught.value)
+
+    assert "set data.label_column to one of: year, text, speaker" in label_problem(corpus, label_column="tongue")
+    (tmp_path / "none.jsonl").write_text('{"text": "a", "speaker": null}\n')
+    assert "holds None, which is no label" in label_problem(tmp_path / "none.jsonl")
+    (tmp_path / "half.jsonl").write_text('{"text": "a", "speaker": 0.5}\n')
+    assert "line 1" in label_problem(tmp_path / "half.jsonl")
+    assert "one of: text, speaker" in label_problem(tmp_path / "half.jsonl", label_column="tongue")
+    (tmp_path / "book.txt").write_text("once upon a time")
+    assert "no columns" in label_problem(tmp_path / "book.txt")
+    assert "no columns" in label_problem("stdlib")

@@ -24,6 +24,10 @@ def test_settings_bring_in_no_heavy_library():
         {"sequence_length": 1},
         {"corpus": ""},
         {"corpora": "x"},
+        {"shards": "label"},
+        {"shards": "cluster"},
+        {"shards": "cluster", "clusters": 1},
+        {"shards": "topic"},
     ],
 )
 def test_values_that_cannot_be_meant_are_refused(wrong):
@@ -34,3 +38,10 @@ def test_values_that_cannot_be_meant_are_refused(wrong):
 def test_content_leaves_out_what_does_not_change_the_shards():
     assert DataSettings(sequence_length=64, prepared="x").content() == DataSettings().content()
     assert DataSettings(max_documents=3).content() != DataSettings().content()
+
+
+def test_content_leaves_out_groups_that_are_not_asked_for():
+    both = {"label_column": "language", "clusters": 4}
+    assert DataSettings(**both).content() == DataSettings().content()
+    assert DataSettings(shards="label", **both).content()["clusters"] is None
+    assert DataSettings(shards="cluster", **both).content() == DataSettings(shards="cluster", clusters=4).content()

@@ -37,7 +37,14 @@ def test_streaming_one_fragment_without_overlap_is_diloco(tiny: dict[str, Any]) 
 
 def test_fragments_sent_together_without_overlap_are_diloco(tiny: dict[str, Any]) -> None:
     diloco = train(tiny, "diloco", sync=FLOAT32)
-    together = {**FLOAT32, "fragments": 3, "partition": "sequential", "overlap": 0, "mixing": 0.0, "offsets": "together"}
+    together = {
+        **FLOAT32,
+        "fragments": 3,
+        "partition": "sequential",
+        "overlap": 0,
+        "mixing": 0.0,
+        "offsets": "together",
+    }
     streaming = preset(tiny, "streaming", sync=together, outer={"learning_rate": 0.7})
     assert torch.equal(final_parameters(streaming), final_parameters(diloco))
 
@@ -105,4 +112,3 @@ def test_it_trains_and_verifies_and_repeats_itself(tiny: dict[str, Any], name: s
         assert 3 * tokens <= account["committed"] < 3 * tokens + 3 * tokens / config.rounds
     second = preset(tiny, name, "second", **sections)
     assert digests(second) == digests(first)
-

@@ -251,7 +251,10 @@ def test_another_seed_gives_another_model(tiny: dict[str, Any]) -> None:
 @pytest.mark.parametrize("fragments", [1, 3])
 def test_a_run_taken_up_again_after_any_round_ends_with_the_same_bits(tiny: dict[str, Any], fragments: int) -> None:
     """Fewer rounds would bend the cosine, hence a constant rate; the inner AdamW state comes from the checkpoints."""
-    sections: dict[str, Any] = {"inner": {"schedule": "constant"}, "sync": {"fragments": fragments, "offsets": "together"}}
+    sections: dict[str, Any] = {
+        "inner": {"schedule": "constant"},
+        "sync": {"fragments": fragments, "offsets": "together"},
+    }
     whole = train(tiny, "whole", **sections)
     for stop_after in (1, 2, 3):
         name = f"stopped-{stop_after}"

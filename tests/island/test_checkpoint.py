@@ -7,24 +7,24 @@ import torch
 from torch import nn
 
 from diloco_ray.island.checkpoint import IslandCheckpoints
-from diloco_ray.island.inner_optimizer import build_inner_optimizer, state_tensors
+from diloco_ray.island.inner_optimizer import InnerOptimizer, build_inner_optimizer, state_tensors
 from diloco_ray.island.settings import InnerSettings
 from diloco_ray.log.run_store import RunStore
 
 INNER = InnerSettings(learning_rate=0.1)
 
 
-def optimizer_after(num_steps: int) -> torch.optim.Optimizer:
+def optimizer_after(num_steps: int) -> InnerOptimizer:
     """Its state says how many steps it took."""
     parameter = nn.Parameter(torch.zeros(4))
-    optimizer = build_inner_optimizer(INNER, [parameter])
+    optimizer = build_inner_optimizer(INNER, {"weight": parameter})
     for step in range(num_steps):
         parameter.grad = torch.full((4,), 1.0 + step)
         optimizer.step()
     return optimizer
 
 
-def steps_of(optimizer: torch.optim.Optimizer) -> int:
+def steps_of(optimizer: InnerOptimizer) -> int:
     tensors = state_tensors(optimizer)
     return int(tensors["0.step"].item()) if tensors else 0
 

@@ -81,7 +81,7 @@ class Room:
         self.heart = Heart(self.island, self.line, every_s=0.001, stall_timeout_s=600.0)
 
     def work(self, lease_id: str) -> None:
-        self.island.plan = InnerPlan("island-00", 1, lease_id, 0, 0, 0, 6, 0, (DataRange(0, 0, 24),))
+        self.island.plan = InnerPlan("island-00", 1, lease_id, 0, 0, 0, 6, 0, (DataRange(0, 0, 0, 24),))
 
     def wait_for_the_end(self) -> None:
         self.heart._thread.join(WAIT_S)

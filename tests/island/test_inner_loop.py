@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diloco_ray.island.inner_loop import InnerResult, run_inner_steps
 from diloco_ray.island.inner_optimizer import build_inner_optimizer
 from diloco_ray.island.settings import InnerSettings
+from diloco_ray.model.build import trainable_parameters
 
 VOCABULARY = 11
 
@@ -45,7 +46,7 @@ def settings(**fields: Any) -> InnerSettings:
 
 
 def train(model: nn.Module, inner: InnerSettings, batches: list[Tensor], **how: Any) -> InnerResult:
-    optimizer = build_inner_optimizer(inner, model.parameters())
+    optimizer = build_inner_optimizer(inner, dict(model.named_parameters()))
     return run_inner_steps(
         model, optimizer, batches, inner, **{"learning_rate": lambda step: inner.learning_rate, **how}
     )
@@ -155,7 +156,7 @@ def test_frozen_parameters_stay_and_do_not_count_in_the_norm() -> None:
     model.embedding.weight.requires_grad_(False)
     before = model.embedding.weight.clone()
     inner = settings()
-    optimizer = build_inner_optimizer(inner, [p for p in model.parameters() if p.requires_grad])
+    optimizer = build_inner_optimizer(inner, trainable_parameters(model))
     run_inner_steps(model, optimizer, data(2), inner, learning_rate=lambda step: 0.5)
     assert torch.equal(model.embedding.weight, before)
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diloco_ray.errors import ConfigError
 from diloco_ray.island.inner_optimizer import (
+    InnerOptimizer,
     build_inner_optimizer,
+    is_hidden_matrix,
     learning_rate_at,
     load_state_tensors_,
     state_tensors,
@@ -72,20 +75,25 @@ def test_without_a_ramp_a_joiner_has_everybodys_rate() -> None:
 # ---- state ----
 
 
-def parameters() -> list[Tensor]:
+SHAPES = {"layers.0.weight": (3, 4), "layers.0.bias": (5,)}
+
+
+def parameters(shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 4), (5,))]
+    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
 
 
-def take_steps(optimizer: torch.optim.Optimizer, first: int, stop: int) -> None:
+def take_steps(optimizer: InnerOptimizer, first: int, stop: int) -> None:
+    """With gradients that depend on the step and on the parameter's shape."""
     for step in range(first, stop):
-        generator = torch.Generator().manual_seed(100 + step)
-        for parameter in optimizer.param_groups[0]["params"]:
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                generator = torch.Generator().manual_seed(100 * step + sum(parameter.shape))
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
         optimizer.step()
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
 def test_an_optimizer_with_loaded_state_goes_on_with_the_same_bits(kind: str) -> None:
     inner = settings(optimizer=kind, learning_rate=0.1)
     whole, first, second = parameters(), parameters(), parameters()
@@ -94,12 +102,12 @@ def test_an_optimizer_with_loaded_state_goes_on_with_the_same_bits(kind: str) ->
     stopped = build_inner_optimizer(inner, first)
     take_steps(stopped, 0, 3)
     tensors = {name: tensor.clone() for name, tensor in state_tensors(stopped).items()}
-    for source, target in zip(first, second):
-        target.data.copy_(source.data)
+    for name, source in first.items():
+        second[name].data.copy_(source.data)
     resumed = build_inner_optimizer(inner, second)
     load_state_tensors_(resumed, tensors)
     take_steps(resumed, 3, 6)
-    assert all(torch.equal(a, b) for a, b in zip(whole, second))
+    assert all(torch.equal(whole[name], second[name]) for name in whole)
 
 
 def test_the_state_of_adamw_is_two_moments_and_a_count_for_each_parameter() -> None:
@@ -125,6 +133,72 @@ def test_adamw_is_torchs_with_the_recipes_numbers() -> None:
     inner = settings(learning_rate=0.1, betas=(0.8, 0.9), epsilon=1e-6, weight_decay=0.5)
     ours, theirs = parameters(), parameters()
     take_steps(build_inner_optimizer(inner, ours), 0, 4)
-    take_steps(torch.optim.AdamW(theirs, lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.5), 0, 4)
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    take_steps(torch.optim.AdamW(theirs.values(), lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.5), 0, 4)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-6)
+
+
+# ---- Muon ----
+
+MODEL = {
+    "embed_tokens.weight": (8, 4),
+    "layers.0.up.weight": (6, 4),
+    "layers.0.down.weight": (4, 6),
+    "layers.0.norm.weight": (4,),
+    "lm_head.weight": (9, 4),
+}
+
+
+def test_muon_steps_hidden_matrices_as_torchs_muon_and_the_rest_as_adamw() -> None:
+    inner = settings(optimizer="muon", learning_rate=0.1, weight_decay=0.3)
+    ours, theirs = parameters(MODEL), parameters(MODEL)
+    take_steps(build_inner_optimizer(inner, ours), 0, 3)
+    hidden = [theirs[name] for name in ("layers.0.up.weight", "layers.0.down.weight")]
+    rest = [theirs[name] for name in ("embed_tokens.weight", "layers.0.norm.weight", "lm_head.weight")]
+    take_steps(torch.optim.Muon(hidden, lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"), 0, 3)
+    take_steps(torch.optim.AdamW(rest, lr=0.1, betas=(0.9, 0.95), weight_decay=0.3, fused=True), 0, 3)
+    assert all(torch.equal(ours[name], theirs[name]) for name in MODEL)
+
+
+def test_the_state_of_muon_is_one_momentum_a_matrix_and_loads_by_number() -> None:
+    inner = settings(optimizer="muon", learning_rate=0.1)
+    old, new = (build_inner_optimizer(inner, parameters(MODEL)) for _ in range(2))
+    take_steps(old, 0, 2)
+    tensors = state_tensors(old)
+    assert [key for key in tensors if key.endswith("momentum_buffer")] == ["0.momentum_buffer", "1.momentum_buffer"]
+    assert tensors["2.exp_avg"].shape == (8, 4)
+    assert len(tensors) == 2 + 3 * 3
+    load_state_tensors_(new, tensors)
+    found = state_tensors(new)
+    assert list(found) == list(tensors)
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("shapes", [{"layers.0.weight": (3, 4)}, {"embed.weight": (3, 4), "norm": (4,)}])
+def test_a_model_may_have_only_hidden_matrices_or_none(shapes: dict[str, tuple[int, ...]]) -> None:
+    optimizer = build_inner_optimizer(settings(optimizer="muon"), parameters(shapes))
+    take_steps(optimizer, 0, 1)
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "hidden"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", (4, 4), True),
+        ("model.layers.0.mlp.gate_proj.bias", (4,), False),
+        ("model.embed_tokens.weight", (9, 4), False),
+        ("transformer.wte.weight", (9, 4), False),
+        ("transformer.wpe.weight", (9, 4), False),
+        ("lm_head.weight", (9, 4), False),
+        ("conv.weight", (4, 4, 3), False),
+    ],
+)
+def test_hidden_matrices_are_known_by_shape_and_name(name: str, shape: tuple[int, ...], hidden: bool) -> None:
+    assert is_hidden_matrix(name, torch.zeros(shape)) == hidden
+
+
+def test_a_torch_without_muon_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ConfigError, match=r"torch \S+ has no Muon"):
+        build_inner_optimizer(settings(optimizer="muon"), parameters())
+    build_inner_optimizer(settings(), parameters())

@@ -24,7 +24,7 @@ bodies = st.dictionaries(
     max_size=4,
 )
 
-SHARE = Share("island-00", 1, 4, 100.0, 100, (DataRange(0, 8, 12),), "a" * 64, 10, 0.5)
+SHARE = Share("island-00", 1, 4, 100.0, 100, (DataRange(0, 0, 8, 12),), "a" * 64, 10, 0.5)
 RECORD = Record(
     index=5,
     parent="b" * 64,
@@ -104,7 +104,7 @@ def test_a_record_travels_to_another_process():
 
 def test_a_record_can_be_read_by_a_person():
     body = json.loads(RECORD.to_bytes())
-    assert body["shares"][0]["spent"] == [{"epoch": 0, "start": 8, "stop": 12}]
+    assert body["shares"][0]["spent"] == [{"shard": 0, "epoch": 0, "start": 8, "stop": 12}]
     assert body["payload"] == "payloads/00000005-cccccccccccc.bin"
     assert body["sha256"] == sha256_hex(canonical_json({k: v for k, v in body.items() if k != "sha256"}))
 

@@ -194,8 +194,8 @@ def share_changed(record: Record, **change: object) -> Record:
         (lambda r: replace(r, tokens={**r.tokens, "expired": 8}), "tokens leased are not"),
         (lambda r: replace(r, tokens={**r.tokens, "leased": 200, "committed": 200}), "the shares so far add up to 128"),
         (lambda r: replace(r, tokens={}), "tokens has"),
-        (lambda r: share_changed(r, spent=(DataRange(0, 3, 5),)), "overlap 0..4 of record 2"),
-        (lambda r: share_changed(r, spent=(DataRange(0, 14, 13),)), "spent sequences 14..13"),
+        (lambda r: share_changed(r, spent=(DataRange(0, 0, 3, 5),)), "overlap 0..4 of record 2"),
+        (lambda r: share_changed(r, spent=(DataRange(0, 0, 14, 13),)), "spent sequences 14..13"),
         (lambda r: share_changed(r, base_version=0), "island-00 on base version 0 of fragment 1: committed before in"),
         (lambda r: share_changed(r, base_version=2), "from a base that was still to come"),
         (lambda r: share_changed(r, island="zz"), "not in island order"),
@@ -219,23 +219,23 @@ def test_what_a_sealed_record_says_is_checked(run: ToyRun, change: Callable[[Rec
     assert any(found in problem and problem.startswith(named) for problem in problems), problems
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 8)), min_size=1, max_size=8))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 30), st.integers(1, 8)), min_size=1, max_size=8))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_data_is_called_spent_twice_exactly_when_it_is(
-    sound: ToyRun, tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[int, int]]
+    sound: ToyRun, tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[int, int, int]]
 ):
     store = RunStore(str(tmp_path_factory.mktemp("spent")))
     share = replace(sound.log.records[2].shares[0], base_version=0, tokens=0, spent=())
     record, parent = sound.log.records[0], ""
-    for index, (start, length) in enumerate([(0, 0), *pieces]):
+    for index, (shard, start, length) in enumerate([(0, 0, 0), *pieces]):
         if index:
-            spent = (DataRange(0, start, start + length),)
+            spent = (DataRange(shard, 0, start, start + length),)
             record = replace(
                 record, index=index, parent=parent, shares=(replace(share, base_version=index, spent=spent),)
             )
         store.write(record_path(index), record.to_bytes())
         parent = record.digest()
-    used = [n for start, length in pieces for n in range(start, start + length)]
+    used = [(shard, n) for shard, start, length in pieces for n in range(start, start + length)]
     found = any("overlap" in problem for problem in verify(store, new_replica).problems)
     assert found == (len(used) != len(set(used)))
 

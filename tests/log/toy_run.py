@@ -95,7 +95,7 @@ class ToyRun:
                     base_version=round_,
                     weight=32.0 if number else 32,  # callers mix them
                     tokens=NUM_SEQUENCES * 8 if closing else 0,
-                    spent=(DataRange(0, start, start + NUM_SEQUENCES),) if closing else (),
+                    spent=(DataRange(0, 0, start, start + NUM_SEQUENCES),) if closing else (),
                     payload_sha256=sha256_hex(payload.numpy().data),
                     payload_bytes=payload.numel(),
                     norm=float(delta.norm()),

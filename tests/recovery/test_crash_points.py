@@ -100,6 +100,17 @@ def test_a_run_cut_at_any_job_and_taken_up_again_is_whole(tiny: dict[str, Any], 
             assert digests(run) == expected, f"cut after {num_done} of {num_jobs} jobs"
 
 
+def test_a_run_with_muon_is_taken_up_again_with_the_same_bits(tiny: dict[str, Any]) -> None:
+    body = {**tiny, "islands": 2, "rounds": 4, "inner": {**tiny["inner"], "optimizer": "muon", "steps_per_round": 3}}
+    whole = open_run(RunConfig.from_dict({**body, "name": "whole"}))
+    train_in_process(whole)
+    cut = open_run(RunConfig.from_dict({**body, "name": "cut"}))
+    train_until(cut, 11)
+    assert 2 < len(digests(cut)) < 5
+    train_in_process(cut)
+    assert digests(cut) == digests(whole)
+
+
 def test_a_run_cut_many_records_after_its_last_snapshot_is_taken_up_again(tiny: dict[str, Any]) -> None:
     """A follower that comes late is given old records one by one."""
     body = {**tiny, "islands": 2, "rounds": 6, "inner": {**tiny["inner"], "steps_per_round": 1}}
