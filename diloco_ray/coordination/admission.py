@@ -60,7 +60,7 @@ def plan_of(state: RunState, c: Contribution) -> InnerPlan | None:
 
 
 def _time_problem(state: RunState, c: Contribution, plan: InnerPlan | None) -> str:
-    """Too late, too early, or from too old a base; "" means: neither."""
+    """Too late, or from a base that is too old; "" means: neither. Early ones, of a plan that is given, wait."""
     rules, version = state.rules, state.versions[c.fragment]
     if not 0 <= c.base_version <= version:
         return f"based on version {c.base_version}, fragment {c.fragment} is at {version}"
@@ -69,8 +69,6 @@ def _time_problem(state: RunState, c: Contribution, plan: InnerPlan | None) -> s
         return "" if lag <= rules.max_staleness else f"its base is {lag} outer steps old, of {rules.max_staleness}"
     if c.round < version or (c.round == version and c.fragment in state.stepping):
         return f"for round {c.round + 1}, fragment {c.fragment} has closed it"
-    if c.round > version + 1:
-        return f"for round {c.round + 1}, fragment {c.fragment} is in round {version + 1}"
     silent_rounds = plan.round - plan.first_round if plan else 0
     # With a whole round of overlap, what a round began with had not yet seen the round before.
     lag = silent_rounds + (1 if rules.overlap >= rules.inner_steps_per_round else 0)
