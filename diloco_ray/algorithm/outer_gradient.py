@@ -9,12 +9,14 @@ replays: float32 within a chunk, float64 from chunk to chunk.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from diloco_ray.algorithm.codecs import CHUNK_VALUES, Codec
+from diloco_ray.algorithm.codecs import BLOCK_VALUES, CHUNK_VALUES, Codec
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,27 @@ def inspect_payload(payload: Tensor, num_values: int, codec: Codec) -> float:
         codec.decode_(payload, start, num_values, decoded)
         squared_norm += _squared_norm(decoded)
     return math.sqrt(squared_norm)
+
+
+def pairwise_cosines(payloads: Sequence[Tensor], codec: Codec, num_values: int) -> list[float]:
+    """cos(d_i, d_j) = d_i . d_j / |d_i| |d_j| of decoded contributions, for the events; 0 where one of the two is zero.
+
+    In the order (0, 1), (0, 2), .. (1, 2), .. of their places. Products and sums in float64, some blocks of all
+    contributions at a time.
+    """
+    num_piece = max(16, CHUNK_VALUES // BLOCK_VALUES // max(1, len(payloads))) * BLOCK_VALUES
+    products = torch.zeros(len(payloads), len(payloads), dtype=torch.float64)
+    for start in range(0, num_values, num_piece):
+        decoded = torch.empty(len(payloads), min(num_piece, num_values - start))
+        for payload, row in zip(payloads, decoded):
+            codec.decode_(payload, start, num_values, row)
+        piece = decoded.double()
+        products += piece @ piece.T
+    norms = [math.sqrt(float(square)) for square in products.diagonal()]
+    return [
+        float(products[i, j]) / (norms[i] * norms[j]) if norms[i] and norms[j] else 0.0
+        for i, j in combinations(range(len(payloads)), 2)
+    ]
 
 
 def _squared_norm(values: Tensor) -> float:

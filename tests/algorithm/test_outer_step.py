@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from diloco_ray.algorithm import outer_gradient
 from diloco_ray.algorithm.codecs import CODEC_NAMES, get_codec
 from diloco_ray.algorithm.combine import COMBINES
-from diloco_ray.algorithm.outer_gradient import encode_outer_gradient_, inspect_payload
+from diloco_ray.algorithm.outer_gradient import encode_outer_gradient_, inspect_payload, pairwise_cosines
 from diloco_ray.algorithm.outer_optimizer import SGD, Adam, DelayedNesterov, HeavyBall, Nesterov, OuterOptimizer
 from diloco_ray.algorithm.settings import OuterSettings
 
@@ -54,6 +54,25 @@ class TestOuterGradient:
         values = gaussian(1000, 0)
         values[777] = bad
         assert not math.isfinite(inspect_payload(encoded(values, name), 1000, get_codec(name)))
+
+    @pytest.mark.parametrize("name", ["float32", "int8", "topk"])
+    def test_cosines_of_all_pairs_in_island_order(self, name: str, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(outer_gradient, "CHUNK_VALUES", 2048)
+        codec, size = get_codec(name), 10_001  # several pieces of 16 blocks, the last one cut short
+        shared = gaussian(size, 99)
+        payloads = [encoded(gaussian(size, m, 1 + m) + m * shared, name) for m in range(4)]
+        v = np.stack([np.empty(size, np.float32) for _ in payloads])
+        for payload, row in zip(payloads, v):
+            codec.decode_(payload, 0, size, torch.from_numpy(row))
+        v = v.astype(np.float64) / np.linalg.norm(v.astype(np.float64), axis=1)[:, None]
+        pairs = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+        assert pairwise_cosines(payloads, codec, size) == pytest.approx([v[i] @ v[j] for i, j in pairs])
+
+    def test_cosines_of_what_has_no_direction_or_no_partner(self):
+        zero, one = encoded(torch.zeros(300)), encoded(gaussian(300, 0))
+        assert pairwise_cosines([one, zero, one], get_codec("float32"), 300) == pytest.approx([0.0, 1.0, 0.0])
+        assert pairwise_cosines([one], get_codec("float32"), 300) == []
+        assert pairwise_cosines([], get_codec("float32"), 300) == []
 
 
 def run(optimizer: OuterOptimizer, theta: torch.Tensor, gradients: list[torch.Tensor], chunk: int) -> torch.Tensor:
