@@ -93,6 +93,7 @@ class Run:
             layout=layout,
             outer=outer_of(self.document),
             downlink=sync.downlink,
+            downlink_error_feedback=sync.downlink_error_feedback,
             shard_sizes=tuple(self.document["shard_sizes"]),
             sequence_length=config.data.sequence_length,
             expected=tuple(island_name(number) for number in range(expected)),

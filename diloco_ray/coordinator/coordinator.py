@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any, assert_never
 
 from diloco_ray.algorithm.codecs import get_codec
+from diloco_ray.algorithm.outer_gradient import pairwise_cosines
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination.data_ledger import DataLedger
 from diloco_ray.coordination.membership import is_current, may_return
@@ -44,6 +45,7 @@ from diloco_ray.coordinator.feed import Feed
 from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.coordinator.payloads import Payload
 from diloco_ray.coordinator.report import Report
+from diloco_ray.coordinator.residuals import Residuals
 from diloco_ray.errors import DiLoCoError, StoreError
 from diloco_ray.ids import sha256_hex
 from diloco_ray.log.record import Record
@@ -83,6 +85,9 @@ class Coordinator:
         self._payloads: dict[tuple[Any, str], Payload] = {}
         self._verdicts: dict[tuple[Any, str], Verdict] = {}
         self._computed: dict[int, tuple[Record, Bytes, str]] = {}  # committed, not yet announced
+        self._cosines: dict[int, list[float]] = {}
+        feeds_back = job.downlink_error_feedback
+        self._residuals = Residuals(store, job.layout, self._log.records[1:]) if feeds_back else None
         self._feed = Feed(self._log, self._new_replica)
         self.state = self._first_state()
         self.report = Report(store, self.fence_epoch, pid, job.layout.num_values, clock)
@@ -182,7 +187,8 @@ class Coordinator:
         if isinstance(event, Committed):
             record, payload, reason = self._computed.pop(event.index)
             self._feed.keep(record, payload)
-            self.report.committed(record, reason, len(self.state.alive), payload.size)
+            cosines = self._cosines.pop(event.index, None)
+            self.report.committed(record, reason, len(self.state.alive), payload.size, cosines)
         self.state, commands = reduce(self.state, event)
         self.report.observe(self.state)
         for command in commands:
@@ -231,7 +237,10 @@ class Coordinator:
         keys = [((step.fragment, share.round, share.island), share.payload_sha256) for share in step.shares]
         payloads = [self._payloads[key].tensor for key in keys]
         weights = [share.weight for share in step.shares]
-        combined, digest = self._replica.outer_step(step.fragment, payloads, weights, self._uplink, self._combine)
+        residual = self._residuals.of(step.fragment) if self._residuals else None
+        combined, digest = self._replica.outer_step(
+            step.fragment, payloads, weights, self._uplink, self._combine, residual
+        )
         parent, payload = self._log.tail, combined.numpy()
         payload_sha256 = sha256_hex(payload.data)
         record = Record(
@@ -251,9 +260,14 @@ class Coordinator:
             optimizer_digest=digest.optimizer,
             tokens=dict(step.tokens),
         )
+        if self._residuals:
+            self._residuals.save(step.fragment, record.index, payload_sha256)
         check_fence(self._store, self.fence_epoch)
         self._log.append(record, payload.data)
         self._computed[record.index] = (record, payload, step.reason)
+        if self._job.outer.statistics:
+            num_values = self._job.layout.fragments[step.fragment].num_values
+            self._cosines[record.index] = pairwise_cosines(payloads, self._uplink, num_values)
         return Committed(self._now_s(), step.fragment, record.version, record.index)
 
     def _save_snapshot(self, index: int) -> None:

@@ -15,6 +15,7 @@ class CoordinatorJob:
     layout: Layout
     outer: OuterSettings
     downlink: str
+    downlink_error_feedback: bool
     shard_sizes: tuple[int, ...]
     sequence_length: int
     expected: tuple[str, ...]

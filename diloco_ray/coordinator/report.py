@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -74,12 +74,31 @@ class Report:
             means = {name: c.metrics.get(name, math.nan) for name in AVERAGED}
             self._metrics.append((c.island, {**sums, **means}))
 
-    def committed(self, record: Record, reason: str, num_followers: int, payload_bytes: int) -> None:
-        """num_followers: islands that replay this record from the same bytes."""
+    def committed(
+        self,
+        record: Record,
+        reason: str,
+        num_followers: int,
+        payload_bytes: int,
+        cosines: Sequence[float] | None = None,
+    ) -> None:
+        """num_followers: islands that replay this record from the same bytes. cosines: between each two shares."""
         self._bytes_down += num_followers * payload_bytes
         self._tokens += sum(share.tokens for share in record.shares)
+        statistics = {}
+        if cosines is not None:
+            statistics = {
+                "islands": [share.island for share in record.shares],
+                "norms": [share.norm for share in record.shares],
+                "cosines": list(cosines),
+            }
         self._log.add(
-            "outer_step", outer_step=record.index, fragment=record.fragment, version=record.version, reason=reason
+            "outer_step",
+            outer_step=record.index,
+            fragment=record.fragment,
+            version=record.version,
+            reason=reason,
+            **statistics,
         )
 
     def round_closed(self, close: CloseRound, state: RunState) -> None:

@@ -82,6 +82,7 @@ FAMILY: list[tuple[str, dict[str, Any]]] = [
     ("fedavg", {}),
     ("streaming", {"sync": {"fragments": 2, "overlap": 2}}),
     ("streaming", {"sync": {"fragments": 2, "overlap": 5, "offsets": "together"}}),
+    ("streaming", {"sync": {"fragments": 4, "partition": "balanced", "overlap": 6, "mixing": 0.25}}),
     ("delayed", {}),
     ("delayed", {"sync": {"fragments": 3}}),
     ("eager", {}),
@@ -95,6 +96,8 @@ FAMILY: list[tuple[str, dict[str, Any]]] = [
     ("diloco", {"experiment": {"drop_probability": 0.5}, "sync": {"fragments": 2, "overlap": 2}}),
     ("diloco", {"experiment": {"islands_by_round": "ramp_up"}}),
     ("diloco", {"sync": {"uplink": "topk", "error_feedback": 0.95}}),
+    ("diloco", {"sync": {"uplink": "int4", "downlink": "int4", "downlink_error_feedback": True}}),
+    ("streaming", {"sync": {"partition": "balanced", "error_feedback": 1.0, "downlink_error_feedback": True}}),
 ]
 
 
@@ -112,3 +115,28 @@ def test_it_trains_and_verifies_and_repeats_itself(tiny: dict[str, Any], name: s
         assert 3 * tokens <= account["committed"] < 3 * tokens + 3 * tokens / config.rounds
     second = preset(tiny, name, "second", **sections)
     assert digests(second) == digests(first)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"sync": {"uplink": "topk", "error_feedback": 0.95}},
+        {"sync": {"uplink": "int4", "downlink": "int4", "downlink_error_feedback": True, "error_feedback": 1.0}},
+        {"inner": {"optimizer": "muon"}},
+    ],
+)
+def test_what_an_island_and_the_coordinator_keep_outlives_them(tiny: dict[str, Any], sections: dict[str, Any]) -> None:
+    sections = {**sections, "inner": {"schedule": "constant", **sections.get("inner", {})}}
+    whole = train(tiny, "whole", **sections)
+    for stop_after in (1, 3):
+        name = f"stopped-{stop_after}"
+        train(tiny, name, **sections, rounds=stop_after)
+        assert digests(train(tiny, name, **sections)) == digests(whole)
+
+
+def test_statistics_of_outer_gradients_are_in_the_events(tiny: dict[str, Any]) -> None:
+    run = train(tiny, "statistics", outer={"statistics": True})
+    for event in of_kind(read_events(run.store), "outer_step"):
+        assert len(event["norms"]) == len(event["islands"]) == len(event["cosines"]) == 3
+        assert all(norm > 0 for norm in event["norms"])
+        assert all(0.0 < cosine < 1.0 for cosine in event["cosines"])
