@@ -12,7 +12,7 @@ from diloco_ray.coordination import membership
 from diloco_ray.coordination.admission import NORM_HISTORY
 from diloco_ray.coordination.data_ledger import DataLedger
 from diloco_ray.coordination.messages import CloseRound, Command, Committed, End, InnerPlan, Share, TakeOuterStep
-from diloco_ray.coordination.state import Accepted, Key, RunState, ended, with_version, without
+from diloco_ray.coordination.state import Accepted, Key, RunState, ended, with_settled, with_version, without
 
 Step = tuple[RunState, list[Command]]
 Ready = tuple[str, tuple[Key, ...]]  # why, and what the step is made of
@@ -228,16 +228,17 @@ def committed(state: RunState, event: Committed) -> Step:
     members = dict(state.members)
     for _, _, name in keys:
         members[name] = replace(members[name], strikes=0)
+    settled = state.settled
+    for item in taken:
+        c = item.contribution
+        settled = with_settled(settled, fragment, c.island, c.round, c.payload_sha256)
     norms = (*state.norms.get(fragment, ()), *(item.norm or 0.0 for item in taken))[-NORM_HISTORY:]
     state = replace(
         state,
         index=event.index,
         versions=with_version(state.versions, fragment, event.version),
         members=members,
-        settled={
-            **state.settled,
-            **{(p, name): (round, state.inbox[p, round, name].contribution.payload_sha256) for p, round, name in keys},
-        },
+        settled=settled,
         stepping=without(state.stepping, fragment),
         inbox={
             key: item

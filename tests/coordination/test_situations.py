@@ -3,20 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from toy_world import RULES, TOKENS_PER_SEQUENCE, World
+from toy_world import RULES, TOKENS_PER_SEQUENCE, World, at_work
 
 from diloco_ray.coordination.messages import Committed, Inspected, Joined, Lost, Submitted, Tick, Verdict
 from diloco_ray.coordination.state import RunState, plan_for
-
-
-def at_work(*names: str, **changes: object) -> World:
-    """A world whose first round is open, with these islands in it."""
-    world = World(replace(RULES, **changes))
-    world.start_coordinator(*names)
-    world.join(*names)
-    world.fetch_plan()
-    return world
-
 
 # ---- opening ----
 
@@ -504,7 +494,10 @@ def test_work_taken_up_while_the_outer_step_is_taken_gives_its_data_back_with_th
     assert world.ranges("late") == held
 
 
-@pytest.mark.parametrize("changes", [{"round": -1}, {"round": 1}, {"inner_steps": 9}, {"silent_steps": 2}, {"silent_steps": -2}, {"ranges": ()}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"round": -1}, {"round": 1}, {"inner_steps": 9}, {"silent_steps": 2}, {"silent_steps": -2}, {"ranges": ()}],
+)
 def test_held_work_that_does_not_fit_the_open_round_is_void(changes: dict[str, object]):
     world = at_work("a", "b")
     held = world.islands["a"].plan

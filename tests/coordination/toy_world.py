@@ -36,6 +36,7 @@ from diloco_ray.coordination.messages import (
 )
 from diloco_ray.coordination.recovery import expect, recover
 from diloco_ray.coordination.reducer import reduce
+from diloco_ray.coordination.rounds import next_look_s
 from diloco_ray.coordination.state import Key, Rules, RunState, ended, plan_for
 
 TOKENS_PER_SEQUENCE = 8
@@ -65,10 +66,12 @@ class ToyIsland:
     incarnation: int = 0
     plans: list[InnerPlan] = field(default_factory=list)  # work in hand, oldest first
     sent: int = 0  # fragments of the first plan that have their verdict
-    bases: tuple[int, ...] = ()  # versions that the first plan's contributions are measured from
+    begun: str = ""  # lease of the first plan, when it is begun
+    bases: tuple[int, ...] = ()  # versions that its contributions are measured from
     outgoing: list[tuple[InnerPlan, Contribution]] = field(default_factory=list)  # sent; their fate is not known
     newest_lease: str = ""
     step_s: float = 0.0  # what it says that an inner step takes
+    digests_differ: bool = False
     fenced: bool = False
     hung: bool = False  # its heart beats, its work does not get on
 
@@ -90,6 +93,7 @@ class ToyIsland:
 
     def contribution(self, fragment: int, payload: str = "") -> Contribution:
         assert self.plan is not None
+        work = f"{self.name}/{self.plan.round}/{fragment}" + f"/{self.plan.lease_id}" * self.digests_differ
         return Contribution(
             run_id="run",
             island=self.name,
@@ -100,7 +104,7 @@ class ToyIsland:
             inner_steps=self.plan.inner_steps,
             lease_id=self.plan.lease_id,
             codec="int8",
-            payload_sha256=payload or f"{self.name}/{self.plan.round}/{fragment}",
+            payload_sha256=payload or work,
             payload_bytes=100,
             metrics={"inner_seconds": self.step_s * self.plan.inner_steps},
         )
@@ -113,6 +117,7 @@ class World:
     now_s: float = 0.0
     life: int = 0
     held: bool = False  # jobs wait until `run_jobs`
+    digests_differ: bool = False  # of work that is done once more
     log: list[TakeOuterStep] = field(default_factory=list)
     jobs: deque[Inspect | TakeOuterStep] = field(default_factory=deque)
     islands: dict[str, ToyIsland] = field(default_factory=dict)
@@ -214,7 +219,7 @@ class World:
         """New processes."""
         for name in names:
             self.num_processes += 1
-            self.islands[name] = ToyIsland(name, f"process-{self.num_processes}")
+            self.islands[name] = ToyIsland(name, f"process-{self.num_processes}", digests_differ=self.digests_differ)
             self.hello(name)
 
     def hello(self, name: str) -> Joined:
@@ -285,8 +290,8 @@ class World:
                 island.newest_lease = plan.lease_id
                 if plan.lease_id not in {old.lease_id for old in island.held}:
                     island.plans.append(plan)
-            if island.plan and not island.sent:
-                island.bases = self.bases_of(island.plan)
+            if island.plan and island.begun != island.plan.lease_id:
+                island.begun, island.bases = island.plan.lease_id, self.bases_of(island.plan)
 
     def bases_of(self, plan: InnerPlan) -> tuple[int, ...]:
         if self.rules.in_step:
@@ -360,6 +365,13 @@ class World:
         island.plans, island.sent = island.plans[1:], 0
         return True
 
+    def look(self) -> None:
+        """Time passes to when the coordinator may do something though nothing happens."""
+        look_s = next_look_s(self.state)
+        assert look_s is not None
+        self.now_s = max(self.now_s, look_s)
+        self.receive(Tick(self.now_s))
+
     def pass_time(self, seconds: float, *, beating: Sequence[str] | None = None) -> None:
         """Time passes in small steps, in which the living beat."""
         until_s = self.now_s + seconds
@@ -420,7 +432,8 @@ class World:
         assert len(set(leases)) == len(leases)
         assert set(ledger.outstanding) <= set(leases), "a lease that nobody works on is outstanding"
         for name, plans in state.plans.items():
-            assert len(state.open_plans(name)) <= (2 if self.rules.overlap else 1)
+            given = [plan for plan in state.open_plans(name) if plan.lease_id.startswith(f"{self.life}.")]
+            assert len(given) <= (2 if self.rules.overlap else 1)
             for one, following in pairwise(plans):
                 assert following.first_round == one.round + 1
             if plans and self.rules.in_step:
@@ -463,7 +476,7 @@ class World:
             assert len(keys) == 1 or rules.closes == "quorum"
 
     def check_in_step(self, step: TakeOuterStep) -> None:
-        """All for the one round, from where the round began (an island whose contributions are dropped: a few before)."""
+        """All for the one round, from where it began (for islands whose contributions are dropped: earlier)."""
         rules = self.rules
         assert step.round == min(v + (p == step.fragment) for p, v in enumerate(self.log_versions))
         assert {share.round for share in step.shares} == {step.base_version}
@@ -471,6 +484,15 @@ class World:
             assert min(share.base_version for share in step.shares) >= step.base_version - self.lag
             assert len(step.shares) >= min(rules.min_islands, rules.islands_in(step.base_version))
             assert len(step.shares) <= rules.islands_in(step.base_version)
+
+
+def at_work(*names: str, **changes: object) -> World:
+    """A world whose first round is open, with these islands in it."""
+    world = World(replace(RULES, **changes))
+    world.start_coordinator(*names)
+    world.join(*names)
+    world.fetch_plan()
+    return world
 
 
 def spent_by(step: TakeOuterStep) -> list[DataRange]:
