@@ -6,6 +6,7 @@ grace window; what comes later has expired. Otherwise a step takes what has come
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 from diloco_ray.coordination import membership
@@ -84,6 +85,26 @@ def _ready_with_quorum(state: RunState, fragment: int, accepted: dict[Key, Accep
     return None
 
 
+def _quorum_s(state: RunState, taken: list[Accepted]) -> float:
+    """From the first contribution to the one that made the quorum."""
+    times = _arrivals_s(taken)
+    return times[min(_quorum(state), len(times)) - 1] - times[0]
+
+
+def _quorum(state: RunState) -> int:
+    rules = state.rules
+    return rules.quorum if rules.in_step else min(rules.quorum, max(1, len(state.alive)))
+
+
+def _arrivals_s(items: Iterable[Accepted]) -> list[float]:
+    """When each island was first in, earliest first."""
+    first_s: dict[str, float] = {}
+    for item in items:
+        name = item.contribution.island
+        first_s[name] = min(item.accepted_s, first_s.get(name, item.accepted_s))
+    return sorted(first_s.values())
+
+
 def _being_inspected(state: RunState, fragment: int) -> bool:
     return any(key[0] == fragment and item.norm is None for key, item in state.inbox.items())
 
@@ -115,13 +136,10 @@ def _grace_ends_s(state: RunState, fragment: int) -> float | None:
     rules = state.rules
     if rules.closes == "arrival":
         return None
-    first_s: dict[str, float] = {}
-    for key, item in state.accepted(fragment).items():
-        first_s.setdefault(key[2], item.accepted_s)
-    quorum = rules.quorum if rules.in_step else min(rules.quorum, max(1, len(state.alive)))
-    if len(first_s) < quorum:
+    times, quorum = _arrivals_s(state.accepted(fragment).values()), _quorum(state)
+    if len(times) < quorum:
         return None
-    quorum_since_s = sorted(first_s.values())[quorum - 1]
+    quorum_since_s = times[quorum - 1]
     if rules.in_step:
         return quorum_since_s + rules.grace_s
     grace_s = state.pace.grace_s(rules.overlap, rules.grace_share, rules.grace_s)
@@ -170,13 +188,12 @@ def _close(
             ledger = _expire(state, ledger, version)
         else:
             plans = {name: tuple(p for p in mine if p.lease_id not in spent) for name, mine in plans.items()}
-    quorum_s = max(item.accepted_s for item in taken) - min(item.accepted_s for item in taken)
     state = replace(
         state,
         ledger=ledger,
         plans=plans,
         stepping={**state.stepping, fragment: keys},
-        pace=state.pace.launched(fragment, now_s, quorum_s),
+        pace=state.pace.launched(fragment, now_s, _quorum_s(state, taken)),
     )
     return state, TakeOuterStep(fragment, _rounds_after(state), version, shares, ledger.account(), reason)
 

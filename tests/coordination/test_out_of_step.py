@@ -125,6 +125,20 @@ def test_a_contribution_that_is_being_inspected_when_the_grace_window_ends_is_wa
     assert world.state.stepping == {0: ((0, 0, "a"), (0, 0, "b"))}
 
 
+def test_the_wait_for_a_quorum_ends_with_the_quorum_not_with_the_last_that_a_step_takes_in():
+    world = by_quorum("a", "b", "c", quorum=2, launch_interval_s=50.0)
+    world.work("a", "b")
+    assert world.state.pace.quorum_s == 0.0
+    world.work("c")
+    world.pass_time(20.0)
+    world.work("a")
+    world.pass_time(20.0)
+    world.work("b")
+    world.pass_time(10.0)
+    assert world.shares() == [("a", 1), ("b", 1), ("c", 0)]
+    assert world.state.pace.quorum_s == pytest.approx(0.3 * 20.0)
+
+
 def test_steps_of_one_fragment_keep_their_interval():
     world = by_quorum("a", "b", launch_interval_s=30.0)
     world.work("a", "b")
