@@ -230,7 +230,7 @@ def _rounds_after(state: RunState) -> int:
     if state.rules.in_step:
         return min(version + (p in state.stepping) for p, version in enumerate(state.versions))
     per_round = state.rules.max_islands * state.rules.sequences_per_round * state.ledger.tokens_per_sequence
-    return state.ledger.account()["committed"] // per_round
+    return min(state.rules.num_rounds, state.ledger.account()["committed"] // per_round)
 
 
 # ---- what a committed step changes ----
@@ -271,7 +271,6 @@ def committed(state: RunState, event: Committed) -> Step:
 
 def _close_round(state: RunState, done: int, applied: int) -> Step:
     rules = state.rules
-    done = min(done, rules.num_rounds)
     last = done == rules.num_rounds
     close = CloseRound(
         round=done,

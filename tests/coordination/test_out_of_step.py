@@ -199,6 +199,16 @@ def test_the_run_ends_when_as_much_is_trained_on_as_all_islands_do_in_its_rounds
     assert world.log[-1].tokens["committed"] == 3 * 2 * LEASE
 
 
+def test_a_step_that_goes_past_the_last_round_ends_the_run_at_its_last_round():
+    world = by_quorum("a", "b", num_rounds=1, quorum=2)
+    for _ in range(4):
+        world.work("a")
+    world.work("b")
+    assert world.log[-1].tokens["committed"] == 5 * LEASE
+    assert (world.log[-1].round, world.state.round) == (1, 1)
+    assert world.state.reason == world.recovered().reason == "1 rounds done"
+
+
 def test_a_round_is_closed_with_the_islands_that_contributed_to_it():
     world = by_quorum("a", "b", quorum=2)
     world.work("a", "a")
