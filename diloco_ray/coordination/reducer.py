@@ -132,7 +132,7 @@ def _gone(state: RunState, island: str, standing: membership.Standing, reason: s
     if member.standing not in ("alive", "expected"):
         return state, []
     members = with_member(state.members, replace(member, standing=standing, reason=reason))
-    state = _revoke(replace(state, members=members), island, "expired")
+    state = _revoke(replace(state, members=members, pace=state.pace.forgotten(island)), island, "expired")
     return state, [Note(f"{island} {standing}: {reason}")]
 
 

@@ -268,6 +268,17 @@ def test_a_lone_island_gets_on_though_a_run_begins_with_more():
     assert world.state.phase == "succeeded"
 
 
+def test_inner_steps_go_by_speed():
+    world = by_arrival("fast", "slow", steps_by_speed=True, inner_steps_per_round=8)
+    at_pace(world, fast=1.0, slow=2.5)
+    world.work()
+    assert {name: world.plan(name).inner_steps for name in ("fast", "slow")} == {"fast": 8, "slow": 3}
+    assert sum(r.num_sequences for r in world.ranges("slow")) == 3 * RULES.sequences_per_inner_step
+    world.lose("fast")
+    world.work("slow")
+    assert world.plan("slow").inner_steps == 8
+
+
 def test_first_inner_steps_go_on_where_the_islands_mean_is():
     world = by_arrival("a", "b")
     assert world.plan("a").first_inner_step == 0

@@ -31,6 +31,14 @@ def test_an_island_that_says_what_cannot_be_is_passed_over(nonsense: float):
     assert pace.stepped("b", nonsense).inner_steps("b", 10) == 10
 
 
+def test_the_speed_of_an_island_that_is_gone_does_not_count():
+    pace = Pace().stepped("fast", 1.0).stepped("slow", 4.0)
+    assert pace.inner_steps("slow", 8) == 2
+    assert pace.forgotten("fast").fastest_step_s == 4.0
+    assert pace.forgotten("fast").inner_steps("slow", 8) == 8
+    assert pace.forgotten("nobody") is pace
+
+
 def test_the_grace_window_takes_its_share_of_what_the_overlap_leaves():
     """grace <= gamma (tau step_time - quorum_time - sync_time)"""
     pace = Pace().stepped("a", 2.0).stepped("b", 3.0).launched(0, 10.0, 1.5).committed(0, 10.5)
