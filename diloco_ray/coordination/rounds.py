@@ -74,14 +74,14 @@ def _ready_in_step(state: RunState, fragment: int, accepted: dict[Key, Accepted]
 
 
 def _ready_with_quorum(state: RunState, fragment: int, accepted: dict[Key, Accepted], now_s: float) -> Ready | None:
-    islands, num_alive = {key[2] for key in accepted}, len(state.alive)
+    islands, present = {key[2] for key in accepted}, _present(state)
     ends_s = _grace_ends_s(state, fragment)
     if ends_s is None or now_s < _held_until_s(state, fragment):
         return None
-    if islands.issuperset(state.alive):
+    if islands.issuperset(present):
         return f"all {len(islands)} live islands in", tuple(accepted)
     if now_s >= ends_s and not _being_inspected(state, fragment):
-        return f"{len(islands)} of {num_alive} in", tuple(accepted)
+        return f"{len(islands)} of {len(present)} in", tuple(accepted)
     return None
 
 
@@ -93,7 +93,12 @@ def _quorum_s(state: RunState, taken: list[Accepted]) -> float:
 
 def _quorum(state: RunState) -> int:
     rules = state.rules
-    return rules.quorum if rules.in_step else min(rules.quorum, max(1, len(state.alive)))
+    return rules.quorum if rules.in_step else min(rules.quorum, max(1, len(_present(state))))
+
+
+def _present(state: RunState) -> tuple[str, ...]:
+    """The living, and those that worked on before a coordinator restart: they are expected back."""
+    return (*state.alive, *membership.names(state.members, "expected"))
 
 
 def _arrivals_s(items: Iterable[Accepted]) -> list[float]:

@@ -338,6 +338,18 @@ def test_a_lost_island_comes_back_to_the_rounds_it_had_not_contributed_to():
 # ---- coordinator restarts ----
 
 
+def test_after_a_restart_what_was_accepted_is_sent_again_and_committed_once():
+    world = by_quorum("a", "b", quorum=2)
+    world.work("a", "a")
+    assert sorted(world.state.inbox) == [(0, 0, "a"), (0, 1, "a")]
+    world.restart_coordinator()
+    world.beat()
+    assert sorted(world.state.inbox) == [(0, 0, "a"), (0, 1, "a")]
+    assert world.rounds("a") == [0, 1, 2, 3]
+    world.work("b")
+    assert world.shares() == [("a", 0), ("a", 1), ("b", 0)]
+
+
 def test_after_a_restart_a_new_process_goes_on_after_its_last_committed_round():
     world = by_arrival("a", "b")
     world.work("a", "a", "b")
