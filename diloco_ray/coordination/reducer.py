@@ -97,16 +97,21 @@ def _joined(state: RunState, event: Joined) -> Step:
 
 
 def _take_up(state: RunState, island: str, held: InnerPlan) -> Step:
-    """An island that outlived the coordinator goes on with its work if nobody else has got its data."""
+    """An island that outlived the coordinator goes on with its work if nobody else has got its data.
+
+    Work that follows on work that is void is void as well: nobody would do the rounds between.
+    """
     rules, mine = state.rules, state.plans.get(island, ())
-    following = mine[-1].round + 1 if mine else state.round
+    following = state.num_plans.get(island, 0)
+    if rules.in_step:
+        following = mine[-1].round + 1 if mine else state.round
     fits = (
         not ended(state)
         and held.island == island
         and membership.is_current(state.members, island, held.incarnation)
-        and (following <= held.round < rules.num_rounds if rules.in_step else held.round >= following)
-        and 0 < held.inner_steps - held.silent_steps <= rules.inner_steps_per_round
-        and held.first_round <= following + bool(rules.overlap)
+        and 0 <= held.silent_steps < held.inner_steps <= held.silent_steps + rules.inner_steps_per_round
+        and held.first_round <= following <= held.round
+        and (held.round < rules.num_rounds or not rules.in_step)
         and sum(r.num_sequences for r in held.ranges) == held.inner_steps * rules.sequences_per_inner_step
     )
     ledger = state.ledger.adopt(held.lease_id, island, held.ranges) if fits else None

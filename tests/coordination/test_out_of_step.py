@@ -338,6 +338,23 @@ def test_a_lost_island_comes_back_to_the_rounds_it_had_not_contributed_to():
 # ---- coordinator restarts ----
 
 
+def test_after_a_restart_each_goes_on_in_rounds_of_its_own():
+    """The run has rounds by tokens; an island's own count may be ahead of it or behind."""
+    world = by_quorum("fast", "slow", num_rounds=100)
+    for _ in range(7):
+        world.work("fast")
+    world.work("slow")
+    world.fetch_plan()
+    held = {name: world.islands[name].held for name in world.islands}
+    assert [plan.round for plan in held["fast"]] == [7, 8]
+    assert [plan.round for plan in held["slow"]] == [1, 2]
+    assert world.state.round == 4
+    world.restart_coordinator()
+    world.beat()
+    assert {name: world.state.plans[name] for name in held} == held
+    assert world.work() == [Verdict("accepted")] * 2
+
+
 def test_after_a_restart_what_was_accepted_is_sent_again_and_committed_once():
     world = by_quorum("a", "b", quorum=2)
     world.work("a", "a")
@@ -359,6 +376,19 @@ def test_after_a_restart_a_new_process_goes_on_after_its_last_committed_round():
     world.beat("b")
     assert world.rounds("a") == [2]
     assert world.rounds("b") == [1]
+
+
+def test_work_in_hand_that_does_not_follow_what_is_committed_is_void():
+    world = by_arrival("a", "b")
+    world.work("a")
+    world.fetch_plan("a")
+    (held,) = world.islands["a"].held
+    for changes in ({"round": 0}, {"round": 2}, {"round": 10**12}, {"inner_steps": 9}, {"silent_steps": 2}):
+        world.islands["a"].plans = [replace(held, **changes)]
+        world.start_coordinator("a", "b")
+        world.hello("a")
+        assert world.at_work == (), changes
+        assert world.notes[-1] == f"a: work on round {world.islands['a'].held[0].round + 1} is void; it gets a new plan"
 
 
 @pytest.mark.parametrize("closes", ["quorum", "arrival"])
