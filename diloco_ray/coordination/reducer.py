@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from diloco_ray.coordination import membership
-from diloco_ray.coordination.admission import judge_header, judge_norm, plan_of, refuse, schema_problem
+from diloco_ray.coordination.admission import is_outdated, judge_header, judge_norm, plan_of, refuse, schema_problem
 from diloco_ray.coordination.membership import STRIKES_TO_QUARANTINE, Member, with_member
 from diloco_ray.coordination.messages import (
     Answer,
@@ -165,6 +165,8 @@ def _submitted(state: RunState, event: Submitted) -> Step:
         state = replace(state, offered=state.offered | {c.island})
     if verdict is None:
         return _awaited(state, c)
+    if verdict.status == "rejected" and is_outdated(state, c):
+        state = _void(state, c.island, "expired")
     commands: list[Command] = [] if verdict.status == "pending" else [Answer(c, verdict)]
     if verdict.status == "rejected":
         commands.append(Note(f"{c.island}: contribution to fragment {c.fragment} rejected: {verdict.reason}"))
@@ -199,7 +201,7 @@ def _inspected(state: RunState, event: Inspected) -> Step:
 
 def _strike(state: RunState, c: Contribution, reason: str) -> Step:
     """A bad payload costs the island the work it has in hand; the third in a row costs it its place."""
-    state = _void(state, c.island)
+    state = _void(state, c.island, "rejected")
     member = state.members[c.island]
     member = replace(member, strikes=member.strikes + 1)
     state = replace(state, members=with_member(state.members, member))
@@ -214,7 +216,7 @@ def _strike(state: RunState, c: Contribution, reason: str) -> Step:
     return (issue_plans(state, [c.island]) if not state.open_plans(c.island) else state), commands
 
 
-def _void(state: RunState, island: str) -> RunState:
+def _void(state: RunState, island: str, fate: str) -> RunState:
     """Drops the island's unfinished work, but for what an outer step under way has taken in."""
     unfinished = {plan.lease_id for plan in state.open_plans(island)}
     stepping = {key for keys in state.stepping.values() for key in keys}
@@ -223,7 +225,7 @@ def _void(state: RunState, island: str) -> RunState:
         for key, item in state.inbox.items()
         if key[2] == island and item.contribution.lease_id in unfinished and key not in stepping
     }
-    return _revoke(replace(state, inbox=without(state.inbox, *mine)), island, "rejected")
+    return _revoke(replace(state, inbox=without(state.inbox, *mine)), island, fate)
 
 
 # ---- time ----

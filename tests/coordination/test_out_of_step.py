@@ -297,6 +297,25 @@ def test_a_contribution_may_lag_as_far_as_the_recipe_allows():
     assert world.log[-1].shares[0].base_version == world.log[-1].base_version - 2
 
 
+@pytest.mark.parametrize("overlap", [0, 2])
+def test_an_island_that_lags_too_far_begins_afresh_with_its_data(overlap: int):
+    world = by_arrival("a", "slow", max_staleness=2, overlap=overlap)
+    held = world.ranges("slow")
+    world.work("a", "a", "a")
+    late = world.islands["slow"].contribution(0)
+    assert world.send("slow").reason == "stale: its base is 3 outer steps old, of 2"
+    assert world.standing("slow") == "alive"
+    assert world.state.members["slow"].strikes == 0
+    assert world.state.ledger.account()["expired"] == (2 if overlap else 1) * LEASE
+    assert world.ranges("slow") == held
+    assert world.plan("slow").round == 0
+    assert world.plan("slow").lease_id != late.lease_id
+    assert world.submit(late).reason.startswith("stale")
+    assert world.state.ledger.account()["expired"] == (2 if overlap else 1) * LEASE
+    assert world.work("slow") == [Verdict("accepted")]
+    assert world.shares() == [("slow", 0)]
+
+
 # ---- strikes and losses with work in hand ----
 
 
