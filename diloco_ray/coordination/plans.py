@@ -26,23 +26,28 @@ def hand_out_work(state: RunState, now_s: float) -> Step:
 
 
 def _open_round(state: RunState, now_s: float) -> Step:
-    """All of the idle when no round is open, joiners only where the open round lacks islands.
+    """All of the idle when a round begins, joiners only where the open round lacks islands.
 
     A joiner that has waited long enough for the open round to close gets work as well: who is at work may be hung.
     """
     rules = state.rules
-    able = state.alive[: rules.islands_in(state.round)]
-    idle = [name for name in able if not state.plans.get(name)]
-    taking_part = set(able) - set(idle) | {key[2] for key in state.accepted(state.closing_fragment)}
-    if not taking_part and len(able) < _least(state):
+    taking_part = _taking_part(state, state.round)
+    room = max(0, rules.islands_in(state.round) - len(taking_part))
+    idle = [name for name in state.alive if not state.plans.get(name)][:room]
+    if not taking_part and len(idle) < _least(state):
         return state, []
-    short = len(taking_part) < _least(state)
-    if state.phase != "gathering" and taking_part and not short:
+    if state.opened == state.round and len(taking_part) >= _least(state):
         idle = [name for name in idle if now_s - state.members[name].joined_s > rules.waiting_timeout_s]
-    state = replace(state, phase="training") if state.phase == "gathering" else state
+    phase = "training" if state.phase == "gathering" else state.phase
+    state = replace(state, phase=phase, opened=state.round)
     if not idle:
         return state, []
     return issue_plans(state, idle), [Note(f"round {state.round + 1}: {', '.join(idle)} at work")]
+
+
+def _taking_part(state: RunState, round: int) -> list[str]:
+    """Islands with work for this round, done or not."""
+    return [name for name, plans in state.plans.items() if any(p.first_round <= round <= p.round for p in plans)]
 
 
 def _least(state: RunState) -> int:
@@ -61,11 +66,7 @@ def _go_on(state: RunState) -> Step:
 def _look_ahead(state: RunState) -> RunState:
     if not state.rules.overlap:
         return state
-    with_one = [name for name in state.alive if len(state.open_plans(name)) == 1]
-    if state.rules.in_step:
-        able = {name: state.alive[: state.rules.islands_in(_next_round(state, name))] for name in with_one}
-        with_one = [name for name in with_one if name in able[name]]
-    return issue_plans(state, with_one)
+    return issue_plans(state, [name for name in state.alive if len(state.open_plans(name)) == 1])
 
 
 def issue_plans(state: RunState, islands: list[str]) -> RunState:
@@ -76,7 +77,9 @@ def issue_plans(state: RunState, islands: list[str]) -> RunState:
     holders = {holder for _, holder in state.ledger.returned}
     for island in sorted(islands, key=lambda island: (island not in holders, island)):
         first = _next_round(state, island)
-        if not state.rules.in_step or first < state.rules.num_rounds:
+        if not state.rules.in_step or (
+            first < state.rules.num_rounds and len(_taking_part(state, first)) < state.rules.islands_in(first)
+        ):
             state = _issue(state, island, first)
     return state
 
@@ -109,7 +112,7 @@ def _issue(state: RunState, island: str, first: int) -> RunState:
         inner_steps=silent + steps,
         silent_steps=silent,
         first_inner_step=begun,
-        num_islands=len(state.alive),
+        num_islands=min(len(state.alive), rules.islands_in(round)),
         ranges=lease.ranges,
     )
     plans = {**state.plans, island: (*state.plans.get(island, ()), plan)}

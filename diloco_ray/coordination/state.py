@@ -83,6 +83,7 @@ class RunState:
     reason: str = ""
     index: int = 0  # last committed record
     round: int = 0  # rounds completed
+    opened: int = -1  # the latest round that work was handed out for as it began
     versions: tuple[int, ...] = (0,)  # per fragment
     members: Members = field(default_factory=dict[str, Member])
     plans: Mapping[str, tuple[InnerPlan, ...]] = field(default_factory=dict[str, tuple[InnerPlan, ...]])  # by island
