@@ -142,6 +142,8 @@ def _grace_ends_s(state: RunState, fragment: int) -> float | None:
     if rules.closes == "arrival":
         return None
     times, quorum = _arrivals_s(state.accepted(fragment).values()), _quorum(state)
+    if rules.in_step:
+        quorum = max(1, quorum - len(_silent(state, state.versions[fragment])))
     if len(times) < quorum:
         return None
     quorum_since_s = times[quorum - 1]

@@ -256,6 +256,19 @@ def test_the_silent_count_towards_the_least_of_islands():
     assert world.shares() == [("island-00", 0)]
 
 
+def test_the_silent_count_towards_the_quorum_from_which_grace_runs():
+    world = dropping(1, rounds=range(1), min_islands=1, quorum=3, grace_s=10.0)
+    world.work("island-00")
+    assert next_look_s(world.state) is None
+    world.lose("island-02")
+    assert world.state.round == 1
+    world = dropping(1, rounds=range(1), min_islands=1, quorum=2, grace_s=10.0)
+    world.work("island-00")
+    assert next_look_s(world.state) == 10.0
+    world.look()
+    assert world.log[0].reason == "1 of 2 in; island-02 overran 10 s"
+
+
 def test_a_contribution_that_comes_though_it_is_dropped_is_refused():
     world = dropping(1, rounds=range(1))
     c = replace(world.islands["island-01"].contribution(0), round=0)
