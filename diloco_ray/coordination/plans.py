@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from diloco_ray.coordination import membership
 from diloco_ray.coordination.messages import Command, End, InnerPlan, Note
-from diloco_ray.coordination.state import Rules, RunState, ended
+from diloco_ray.coordination.state import Rules, RunState, ended, without
 from diloco_ray.ids import island_name
 
 Step = tuple[RunState, list[Command]]
@@ -124,6 +124,29 @@ def _steps_taken(state: RunState, island: str) -> int:
     per_step = state.rules.sequences_per_inner_step * state.ledger.tokens_per_sequence
     in_hand = sum(lease.num_tokens for lease in state.ledger.outstanding.values() if lease.island == island)
     return state.ledger.account()["committed"] // (state.rules.max_islands * per_step) + in_hand // per_step
+
+
+def revoke(state: RunState, island: str, fate: str) -> RunState:
+    """Ends the island's plans, but for those whose closing contribution is already accepted.
+
+    One that overtook the contribution to an earlier plan goes with that plan: rounds are done in their order.
+    """
+    mine, unfinished = state.plans.get(island, ()), state.open_plans(island)
+    inspecting = {key for key, item in state.inbox.items() if key[2] == island and item.norm is None}
+    if not unfinished:
+        return replace(state, inbox=without(state.inbox, *inspecting))
+    begin = mine.index(unfinished[0])
+    overtaken = {(state.closing_fragment, plan.round, island) for plan in mine[begin:]}
+    ledger = state.ledger
+    for plan in mine[begin:]:
+        ledger = ledger.settle(plan.lease_id, fate)
+    return replace(
+        state,
+        ledger=ledger,
+        inbox=without(state.inbox, *inspecting, *overtaken),
+        plans={**state.plans, island: mine[:begin]},
+        num_plans={**state.num_plans, island: mine[begin].first_round},
+    )
 
 
 def is_dropped(rules: Rules, island: str, round: int) -> bool:

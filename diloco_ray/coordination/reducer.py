@@ -30,7 +30,7 @@ from diloco_ray.coordination.messages import (
     Tick,
     Verdict,
 )
-from diloco_ray.coordination.plans import Step, hand_out_work, issue_plans, watch_the_wait
+from diloco_ray.coordination.plans import Step, hand_out_work, issue_plans, revoke, watch_the_wait
 from diloco_ray.coordination.rounds import close_fragments, committed
 from diloco_ray.coordination.state import Accepted, RunState, ended, without
 
@@ -137,22 +137,8 @@ def _gone(state: RunState, island: str, standing: membership.Standing, reason: s
     if member.standing not in ("alive", "expected"):
         return state, []
     members = with_member(state.members, replace(member, standing=standing, reason=reason))
-    state = _revoke(replace(state, members=members, pace=state.pace.forgotten(island)), island, "expired")
+    state = revoke(replace(state, members=members, pace=state.pace.forgotten(island)), island, "expired")
     return state, [Note(f"{island} {standing}: {reason}")]
-
-
-def _revoke(state: RunState, island: str, fate: str) -> RunState:
-    """Ends the island's plans, but for those whose closing contribution is already accepted."""
-    inspecting = {key for key, item in state.inbox.items() if key[2] == island and item.norm is None}
-    state = replace(state, inbox=without(state.inbox, *inspecting))
-    ledger, ended_plans = state.ledger, state.open_plans(island)
-    if not ended_plans:
-        return state
-    for plan in ended_plans:
-        ledger = ledger.settle(plan.lease_id, fate)
-    whole = tuple(plan for plan in state.plans[island] if plan not in ended_plans)
-    num_plans = {**state.num_plans, island: ended_plans[0].first_round}
-    return replace(state, ledger=ledger, plans={**state.plans, island: whole}, num_plans=num_plans)
 
 
 # ---- contributions ----
@@ -225,7 +211,7 @@ def _void(state: RunState, island: str, fate: str) -> RunState:
         for key, item in state.inbox.items()
         if key[2] == island and item.contribution.lease_id in unfinished and key not in stepping
     }
-    return _revoke(replace(state, inbox=without(state.inbox, *mine)), island, fate)
+    return revoke(replace(state, inbox=without(state.inbox, *mine)), island, fate)
 
 
 # ---- time ----

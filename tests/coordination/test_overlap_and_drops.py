@@ -193,6 +193,20 @@ def test_after_a_restart_the_next_work_alone_is_void():
     assert world.state.round == 1
 
 
+def test_what_overtakes_an_islands_earlier_contribution_goes_with_it():
+    world = at_work("a", "b", overlap=H)
+    early = replace(world.islands["a"].contribution(0), round=1, lease_id=world.plan("a", 1).lease_id)
+    early = replace(early, payload_sha256="early")
+    assert world.submit(early) == Verdict("accepted")
+    world.lose("a")
+    assert world.state.inbox == {}
+    assert world.state.ledger.account()["expired"] == 3 * LEASE
+    world.join("a")
+    world.work()
+    world.work()
+    assert world.state.round == 2
+
+
 def test_fragments_of_the_next_round_come_before_this_one_is_whole():
     world = at_work("a", "b", num_fragments=2, overlap=H)
     world.work("a")
