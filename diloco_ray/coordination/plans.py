@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from diloco_ray.coordination import membership
 from diloco_ray.coordination.messages import Command, End, InnerPlan, Note
-from diloco_ray.coordination.state import Rules, RunState, ended, without
+from diloco_ray.coordination.state import Key, Rules, RunState, ended, without
 from diloco_ray.ids import island_name
 
 Step = tuple[RunState, list[Command]]
@@ -20,6 +20,7 @@ def hand_out_work(state: RunState, now_s: float) -> Step:
         return state, []
     if state.rules.in_step:
         state, commands = _open_round(state, now_s)
+        state = _break_silence(state)
     else:
         state, commands = _go_on(state)
     return _look_ahead(state), commands
@@ -52,6 +53,16 @@ def _taking_part(state: RunState, round: int) -> list[str]:
 
 def _least(state: RunState) -> int:
     return min(state.rules.min_islands, state.rules.islands_in(state.round))
+
+
+def _break_silence(state: RunState) -> RunState:
+    """Where chance drops some of a round's contributions and the others are lost, one of the silent speaks."""
+    plans = [plan for plans in state.plans.values() for plan in plans]
+    silent = [name for name in state.alive if any(p.island == name and p.first_round <= state.round for p in plans)]
+    if not silent or any(plan.round == state.round for plan in plans):
+        return state
+    state = revoke(state, silent[0], "expired", all_of_it=True)
+    return _issue(state, silent[0], state.round, may_drop=False)
 
 
 def _go_on(state: RunState) -> Step:
@@ -91,10 +102,10 @@ def _next_round(state: RunState, island: str) -> int:
     return plans[-1].round + 1 if plans else state.round
 
 
-def _issue(state: RunState, island: str, first: int) -> RunState:
+def _issue(state: RunState, island: str, first: int, *, may_drop: bool = True) -> RunState:
     rules = state.rules
     round = first
-    while round + 1 < rules.num_rounds and is_dropped(rules, island, round):
+    while may_drop and round + 1 < rules.num_rounds and is_dropped(rules, island, round):
         round += 1
     steps = rules.inner_steps_per_round
     if rules.steps_by_speed:
@@ -126,27 +137,42 @@ def _steps_taken(state: RunState, island: str) -> int:
     return state.ledger.account()["committed"] // (state.rules.max_islands * per_step) + in_hand // per_step
 
 
-def revoke(state: RunState, island: str, fate: str) -> RunState:
+def revoke(state: RunState, island: str, fate: str, *, all_of_it: bool = False) -> RunState:
     """Ends the island's plans, but for those whose closing contribution is already accepted.
 
     One that overtook the contribution to an earlier plan goes with that plan: rounds are done in their order.
+    all_of_it: those as well, unless an outer step under way has taken them in.
     """
     mine, unfinished = state.plans.get(island, ()), state.open_plans(island)
     inspecting = {key for key, item in state.inbox.items() if key[2] == island and item.norm is None}
-    if not unfinished:
-        return replace(state, inbox=without(state.inbox, *inspecting))
-    begin = mine.index(unfinished[0])
-    overtaken = {(state.closing_fragment, plan.round, island) for plan in mine[begin:]}
+    state = replace(state, inbox=without(state.inbox, *inspecting))
+    if not unfinished and not all_of_it:
+        return state
+    begin = 0 if all_of_it else mine.index(unfinished[0])
+    leases = {plan.lease_id for plan in mine[begin:]}
+    gone = {key for key in _unspent(state, leases) if all_of_it or key[0] == state.closing_fragment}
     ledger = state.ledger
     for plan in mine[begin:]:
         ledger = ledger.settle(plan.lease_id, fate)
     return replace(
         state,
         ledger=ledger,
-        inbox=without(state.inbox, *inspecting, *overtaken),
+        inbox=without(state.inbox, *gone),
         plans={**state.plans, island: mine[:begin]},
         num_plans={**state.num_plans, island: mine[begin].first_round},
     )
+
+
+def void(state: RunState, island: str, fate: str) -> RunState:
+    """Ends the island's unfinished plans, and drops what it has contributed under them."""
+    unfinished = {plan.lease_id for plan in state.open_plans(island)}
+    return revoke(replace(state, inbox=without(state.inbox, *_unspent(state, unfinished))), island, fate)
+
+
+def _unspent(state: RunState, leases: set[str]) -> list[Key]:
+    """Contributions under these leases, but for what an outer step under way has taken in."""
+    stepping = {key for keys in state.stepping.values() for key in keys}
+    return [key for key, item in state.inbox.items() if item.contribution.lease_id in leases and key not in stepping]
 
 
 def is_dropped(rules: Rules, island: str, round: int) -> bool:

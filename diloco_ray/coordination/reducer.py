@@ -30,9 +30,9 @@ from diloco_ray.coordination.messages import (
     Tick,
     Verdict,
 )
-from diloco_ray.coordination.plans import Step, hand_out_work, issue_plans, revoke, watch_the_wait
+from diloco_ray.coordination.plans import Step, hand_out_work, issue_plans, revoke, void, watch_the_wait
 from diloco_ray.coordination.rounds import close_fragments, committed
-from diloco_ray.coordination.state import Accepted, RunState, ended, without
+from diloco_ray.coordination.state import Accepted, RunState, ended
 
 
 def reduce(state: RunState, event: Event) -> Step:
@@ -152,7 +152,7 @@ def _submitted(state: RunState, event: Submitted) -> Step:
     if verdict is None:
         return _awaited(state, c)
     if verdict.status == "rejected" and is_outdated(state, c):
-        state = _void(state, c.island, "expired")
+        state = void(state, c.island, "expired")
     commands: list[Command] = [] if verdict.status == "pending" else [Answer(c, verdict)]
     if verdict.status == "rejected":
         commands.append(Note(f"{c.island}: contribution to fragment {c.fragment} rejected: {verdict.reason}"))
@@ -187,7 +187,7 @@ def _inspected(state: RunState, event: Inspected) -> Step:
 
 def _strike(state: RunState, c: Contribution, reason: str) -> Step:
     """A bad payload costs the island the work it has in hand; the third in a row costs it its place."""
-    state = _void(state, c.island, "rejected")
+    state = void(state, c.island, "rejected")
     member = state.members[c.island]
     member = replace(member, strikes=member.strikes + 1)
     state = replace(state, members=with_member(state.members, member))
@@ -200,18 +200,6 @@ def _strike(state: RunState, c: Contribution, reason: str) -> Step:
         return state, commands + more
     # The same data once more: where islands go in step, the others wait for it in this round.
     return (issue_plans(state, [c.island]) if not state.open_plans(c.island) else state), commands
-
-
-def _void(state: RunState, island: str, fate: str) -> RunState:
-    """Drops the island's unfinished work, but for what an outer step under way has taken in."""
-    unfinished = {plan.lease_id for plan in state.open_plans(island)}
-    stepping = {key for keys in state.stepping.values() for key in keys}
-    mine = {
-        key
-        for key, item in state.inbox.items()
-        if key[2] == island and item.contribution.lease_id in unfinished and key not in stepping
-    }
-    return revoke(replace(state, inbox=without(state.inbox, *mine)), island, fate)
 
 
 # ---- time ----

@@ -289,6 +289,35 @@ def test_a_contribution_that_comes_though_it_is_dropped_is_refused():
     assert world.submit(c).reason.startswith("lease")
 
 
+def test_when_all_who_would_speak_are_lost_one_of_the_silent_speaks_after_all():
+    world = dropping(1, 2, rounds=range(2), min_islands=1, quorum=1)
+    silent = world.plan("island-01")
+    world.lose("island-00")
+    assert [(plan.first_round, plan.round) for plan in world.state.plans["island-01"]] == [(0, 0)]
+    assert world.plan("island-01").ranges == (replace(silent.ranges[0], stop=silent.ranges[0].start + 4),)
+    assert world.plan("island-02").silent_steps == 2 * H
+    assert world.work("island-01") == [Verdict("accepted")]
+    assert world.shares() == [("island-01", 0)]
+    assert (world.plan("island-01").first_round, world.plan("island-01").round) == (1, 1)
+
+
+def test_one_of_the_silent_speaks_though_it_has_contributed_to_a_later_round_already():
+    world = dropping(1, 2, rounds=range(2), min_islands=1, quorum=1)
+    assert world.work("island-01") == [Verdict("accepted")]
+    assert world.work("island-02") == [Verdict("accepted")]
+    world.lose("island-00")
+    assert sorted(world.state.inbox) == [(0, 2, "island-02")]
+    assert world.state.ledger.account()["expired"] == 4 * LEASE
+    world.work("island-01")
+    world.work("island-01")
+    world.work("island-01")
+    assert [world.shares(index) for index in range(3)] == [
+        [("island-01", 0)],
+        [("island-01", 1)],
+        [("island-01", 2), ("island-02", 2)],
+    ]
+
+
 def test_a_round_in_which_the_only_speaker_is_lost_and_back_goes_on():
     world = dropping(1, 2, rounds=range(2), min_islands=2, quorum=2)
     world.lose("island-00", "island-01")
