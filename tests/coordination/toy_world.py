@@ -290,8 +290,11 @@ class World:
                 island.newest_lease = plan.lease_id
                 if plan.lease_id not in {old.lease_id for old in island.held}:
                     island.plans.append(plan)
-            if island.plan and island.begun != island.plan.lease_id:
-                island.begun, island.bases = island.plan.lease_id, self.bases_of(island.plan)
+            self.begin(island)
+
+    def begin(self, island: ToyIsland) -> None:
+        if island.plan and island.begun != island.plan.lease_id:
+            island.begun, island.bases = island.plan.lease_id, self.bases_of(island.plan)
 
     def bases_of(self, plan: InnerPlan) -> tuple[int, ...]:
         if self.rules.in_step:
@@ -413,7 +416,8 @@ class World:
         assert sum(state.versions) == state.index <= len(self.log)
         if in_step:
             assert state.round == min(state.versions) == state.versions[-1]
-            assert max(state.versions) <= state.round + (1 + self.lag if self.rules.overlap else 1)
+            ahead = 1 + self.lag  # of rounds that are not whole
+            assert self.rules.drop_probability or max(state.versions) <= state.round + ahead
         for key, item in state.inbox.items():
             assert key == item.contribution.key
             assert item.lease.island == key[2]
