@@ -1,6 +1,7 @@
 """Combines: each one's equation in NumPy float64, and what does not change the result."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,6 +111,17 @@ def test_it_is_its_equation(name: str, weights: list[float], codec: str, seed: i
     if name == "radial":
         slack *= 100  # directions of a small tensor that nearly cancel
     np.testing.assert_allclose(combined(name, vectors, weights, codec).numpy(), expected, rtol=0, atol=slack)
+
+
+@pytest.mark.parametrize(("name", "by_hand"), [("mean", mean_by_hand), ("radial", radial_by_hand)])
+def test_decoupled_diloco_weights_by_tokens_times_tokens_a_step(name: str, by_hand: Any):
+    """w = tokens (tokens / steps), arXiv 2604.21428: an island of larger batches counts for more than its tokens."""
+    tokens, steps = np.array([4096.0, 8192.0, 8192.0, 100.0]), np.array([24.0, 24.0, 48.0, 1.0])
+    vectors = [gaussian(m) for m in range(4)]
+    found = combined(name, vectors, [float(w) for w in tokens * tokens / steps])
+    expected = by_hand(decoded(vectors, "float32"), tokens * (tokens / steps))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5)
+    assert not np.allclose(found.numpy(), by_hand(decoded(vectors, "float32"), tokens), atol=1e-2)
 
 
 # ---- what does not count ----
