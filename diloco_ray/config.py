@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from diloco_ray.algorithm.codecs import CODEC_NAMES
+from diloco_ray.algorithm.codecs import CODEC_NAMES, DOWNLINK_CODEC_NAMES
 from diloco_ray.algorithm.settings import OuterSettings
 from diloco_ray.coordination.settings import ExperimentSettings, SyncSettings
 from diloco_ray.data.settings import DataSettings
@@ -125,12 +125,12 @@ class RunConfig(BaseModel):
         least, most = self.islands
         if not 1 <= least <= most:
             raise ValueError(f"islands={list(self.islands)}: choose [least, most] with 1 <= least <= most")
-        names = ", ".join(CODEC_NAMES)
-        for field in ("uplink", "downlink"):
+        for field, names in (("uplink", CODEC_NAMES), ("downlink", DOWNLINK_CODEC_NAMES)):
             name: str = getattr(self.sync, field)
-            if name not in CODEC_NAMES:
-                near = difflib.get_close_matches(name, CODEC_NAMES, n=1, cutoff=0.0)[0]
-                raise ValueError(f"sync.{field}={name} is no codec; did you mean {near}? There are {names}")
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                remedy = f"did you mean {near[0]}? There are" if near else "choose one of"
+                raise ValueError(f"sync.{field}={name} is no codec of the {field}; {remedy} {', '.join(names)}")
         if self.sync.weighting != "uniform" and not self.outer.uses_weights:
             pair = f"sync.weighting={self.sync.weighting} with outer.combine={self.outer.combine}"
             raise ValueError(f"{pair}: its values have no weights; choose sync.weighting=uniform or another combine")

@@ -4,7 +4,8 @@ Decoding is part of the definition of the global model: every replica decodes th
 So decode_ uses only operations that IEEE 754 rounds correctly, one at a time: no fused multiply-add, no reduction.
 Block-wise absmax after Dettmers et al. (arXiv 2110.02861, section 2.1); that four bits are enough for outer gradients,
 if these are summed in float32, is Streaming DiLoCo's (arXiv 2501.18512), whose format is e3m0. Two bits are not enough
-(arXiv 2604.21428): ternary is the negative control. A codec does not know what the values mean.
+(arXiv 2604.21428): ternary is the negative control. topk, after SparseLoCo, sends only the largest values and lives on
+the error feedback of its sender. A codec does not know what the values mean.
 
 A vector is written chunk by chunk, into one payload. For a block codec that payload is
 
@@ -18,9 +19,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import hardshrink, pad
 
 from diloco_ray.errors import ConfigError
 
@@ -33,6 +35,8 @@ _FLOAT16_MAX = 65504.0
 _SMALLEST_NORMAL = 2.0**-126
 _CLEAR_LOW_7_BITS = -(2**7)
 _CLEAR_LOW_16_BITS = -(2**16)
+_NUM_LARGEST = 8  # of a block's 256 values, with topk
+_REVERSED_INDICES = torch.arange(BLOCK_VALUES - 1, -1, -1, dtype=torch.int32)
 
 
 class Codec(Protocol):
@@ -82,9 +86,9 @@ class BlockCodec:
         s = max|x| / q,   low 7 bits of its mantissa cleared        c = the level nearest to x / s
 
     The levels are integers: all of them (int8, int4 and, with q = 1, ternary), so that |x - c s| <= max|x| / 2q, up to
-    the rounding of x / s; or 0 and the powers of two (e3m0). The cleared bits make c s exact in float32, hence encoding
-    what was decoded gives the same c and s. A block whose scale would not be a normal float32, that is
-    max|x| < q 2^-126, is a block of zeros: s = 0.
+    the rounding of x / s; or 0 and the powers of two (e3m0). With topk c = 0 but for the eight largest |x|. The cleared
+    bits make c s exact in float32, hence encoding what was decoded gives the same c and s. A block whose scale would
+    not be a normal float32, that is max|x| < q 2^-126, is a block of zeros: s = 0.
     """
 
     name: str
@@ -189,6 +193,28 @@ def _unpack_crumbs(codes: Tensor, out: Tensor) -> None:
     out.copy_(fours.view(torch.int8).sub_(1))
 
 
+def _pack_largest(ratios: Tensor, codes: Tensor) -> None:
+    """For each block the indices of its eight largest |x|, uint8 and rising, then their eight codes, int8.
+
+    They are found by integer keys that no two values of a block share: the magnitude's bits, the lowest eight of them
+    replaced by 255 - index. So of magnitudes that differ by less than a part in 2^15 the first ones are taken. A value
+    whose code is 0 counts as 0, so that zeros fill up a block with fewer than eight codes as they do after decoding.
+    """
+    blocks, sections = ratios.view(-1, BLOCK_VALUES), codes.view(-1, 2 * _NUM_LARGEST)
+    keys = hardshrink(blocks, 0.5).view(torch.int32).bitwise_and_(0x7FFFFF00).bitwise_or_(_REVERSED_INDICES)
+    largest = np.partition(keys.numpy(), -_NUM_LARGEST, axis=1)[:, -_NUM_LARGEST:]  # torch.topk: eight times as long
+    indices = torch.tensor(np.sort(BLOCK_VALUES - 1 - (largest & 0xFF), axis=1), dtype=torch.int64)
+    sections[:, :_NUM_LARGEST] = indices
+    sections[:, _NUM_LARGEST:].view(torch.int8).copy_(blocks.gather(1, indices).round_())
+
+
+def _unpack_largest(codes: Tensor, out: Tensor) -> None:
+    """Indices that a damaged payload repeats are taken in some order; those of an encoder are all different."""
+    sections = codes.view(-1, 2 * _NUM_LARGEST)
+    values = sections[:, _NUM_LARGEST:].view(torch.int8).float()
+    out.zero_().view(-1, BLOCK_VALUES).scatter_(1, sections[:, :_NUM_LARGEST].long(), values)
+
+
 _CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
@@ -199,9 +225,12 @@ _CODECS: dict[str, Codec] = {
         BlockCodec("int4", 7, BLOCK_VALUES // 2, _pack_nibbles, _unpack_nibbles),
         BlockCodec("e3m0", 64, BLOCK_VALUES // 2, _pack_powers, _unpack_powers),
         BlockCodec("ternary", 1, BLOCK_VALUES // 4, _pack_crumbs, _unpack_crumbs),
+        BlockCodec("topk", 127, 2 * _NUM_LARGEST, _pack_largest, _unpack_largest),
     )
 }
 CODEC_NAMES: tuple[str, ...] = tuple(_CODECS)
+# topk is for the uplink alone: islands' largest values lie in different places, so few of their mean would be left.
+DOWNLINK_CODEC_NAMES: tuple[str, ...] = tuple(name for name in CODEC_NAMES if name != "topk")
 
 
 def get_codec(name: str) -> Codec:

@@ -17,6 +17,7 @@ LEVELS = {
     "e3m0": np.concatenate([-POWERS[::-1], [0.0], POWERS]),
     "ternary": np.array([-1.0, 0.0, 1.0]),
 }
+BLOCK_CODECS = [*LEVELS, "topk"]
 TINY = 2.0**-126
 
 finite_vectors = st.integers(1, 3 * BLOCK_VALUES + 1).flatmap(
@@ -87,7 +88,7 @@ def test_encoding_what_was_decoded_gives_the_same_bytes(name: str, x: np.ndarray
     assert torch.equal(encode(name, decoded), payload)
 
 
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", BLOCK_CODECS)
 def test_idempotence_over_many_scales(name: str):
     num_blocks = 20_000
     x = gaussian(num_blocks * BLOCK_VALUES).view(num_blocks, -1)
@@ -110,9 +111,9 @@ def test_a_zero_block_decodes_to_zero_and_block_scales_are_independent(name: str
     assert not decoded[256:512].any()
     for first in (0, 512):
         block = slice(first, first + 256)
-        bound = {"e3m0": 0.25, "ternary": 1.0}.get(name, 0.15)
+        bound = {"e3m0": 0.25, "ternary": 1.0, "topk": 0.95}.get(name, 0.15)
         assert (x[block] - decoded[block]).norm() < bound * x[block].norm()
-    if name in LEVELS:
+    if name in BLOCK_CODECS:
         assert not decoded[768:].any()
         assert payload[:16].view(torch.float32).ne(0).tolist() == [True, False, True, False]
 
@@ -170,6 +171,44 @@ def test_the_bytes_of_e3m0_and_ternary_are_as_documented():
     assert set(ternary[10:].tolist()) == {0b01010101}
 
 
+def topk_by_hand(x: np.ndarray) -> np.ndarray:
+    """The eight largest magnitudes of each block, the first of equal ones, to the nearest of 127 levels; float64."""
+    found = np.zeros(x.size)
+    for first in range(0, x.size, BLOCK_VALUES):
+        block = x[first : first + BLOCK_VALUES].astype(np.float64)
+        scale = np.abs(block).max() / 127
+        kept = np.argsort(-np.abs(block), kind="stable")[:8]
+        if scale >= TINY:
+            found[first + kept] = np.round(block[kept] / scale) * scale
+    return found
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**6), size=st.integers(1, 1000), top=st.sampled_from([1, 3, 30, 3000]))
+def test_topk_keeps_the_eight_largest_of_a_block_to_int8(seed: int, size: int, top: int):
+    """With few different values there are ties, within the eight and at their border."""
+    x = np.random.default_rng(seed).integers(-top, top + 1, size).astype(np.float32)
+    decoded = decode("topk", encode("topk", torch.from_numpy(x)), size).numpy().astype(np.float64)
+    expected = topk_by_hand(x)
+    largest = np.repeat([np.abs(x[i : i + 256]).max() for i in range(0, size, 256)], 256)[:size]
+    assert np.array_equal(decoded != 0, expected != 0)
+    kept = decoded != 0
+    assert np.all(np.abs(decoded - x)[kept] <= largest[kept] * (0.5 / 127 + 2.0**-15))
+
+
+def test_the_bytes_of_topk_are_as_documented():
+    x = torch.zeros(600)
+    x[torch.arange(20, 9, -1)] = torch.tensor([127.0, -1.0, 3.0, 60.4, -3.0, 1.0, 2.0, 1.0, 1.0, 5.0, -7.0])
+    x[300], x[511] = 12.7, 0.0499  # the second one's code is 0: the first zeros fill up
+    payload = encode("topk", x).numpy()
+    assert payload.size == 3 * (4 + 16)
+    assert payload[:4].view("<f4")[0] == 1.0
+    assert payload[12:28].tolist() == [10, 11, 12, 14, 16, 17, 18, 20, 256 - 7, 5, 1, 2, 256 - 3, 60, 3, 127]
+    assert payload[28:44].tolist() == [0, 1, 2, 3, 4, 5, 6, 44] + [0] * 7 + [127]
+    assert payload[44:].tolist() == [*range(8)] + [0] * 8
+    assert payload[8:12].view("<f4")[0] == 0.0
+
+
 @pytest.mark.parametrize("name", CODEC_NAMES)
 @pytest.mark.parametrize("num_values", [0, 1, 255, 256, 257, 5000])
 def test_chunks_of_any_size_write_and_read_the_same(name: str, num_values: int):
@@ -196,7 +235,7 @@ def test_a_factor_scales_what_is_decoded(name: str):
     assert torch.equal(out, decode(name, payload, 1000) * 0.25)
 
 
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", BLOCK_CODECS)
 def test_a_chunk_that_cuts_a_block_is_refused(name: str):
     payload = torch.zeros(get_codec(name).num_bytes(1000), dtype=torch.uint8)
     for start, length in ((128, 256), (0, 300)):
@@ -214,15 +253,16 @@ def test_a_chunk_that_cuts_a_block_is_refused(name: str):
         ("int4", 0.5),
         ("e3m0", 0.5),
         ("ternary", 0.25),
+        ("topk", 16 / 256),
     ],
 )
 def test_a_payload_is_within_two_percent_of_its_bits(name: str, bytes_per_value: float):
-    overhead = 4 / 256 if name in LEVELS else 0
+    overhead = 4 / 256 if name in BLOCK_CODECS else 0
     assert get_codec(name).num_bytes(1_000_000) == pytest.approx(1_000_000 * (bytes_per_value + overhead), rel=1e-3)
 
 
 def test_an_unknown_codec_names_the_nearest():
     with pytest.raises(ConfigError, match="unknown codec 'in8'; did you mean 'int8'"):
         get_codec("in8")
-    expected = ["float32", "bfloat16", "float16", "int8", "int4", "e3m0", "ternary"]
+    expected = ["float32", "bfloat16", "float16", "int8", "int4", "e3m0", "ternary", "topk"]
     assert [get_codec(name).name for name in CODEC_NAMES] == expected

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from diloco_ray.algorithm.codecs import CODEC_NAMES, get_codec
+from diloco_ray.algorithm.codecs import CODEC_NAMES, DOWNLINK_CODEC_NAMES, get_codec
 from diloco_ray.algorithm.combine import COMBINES
 from diloco_ray.algorithm.settings import OuterSettings
 from diloco_ray.config import RunConfig
@@ -39,15 +39,22 @@ def test_a_recipe_names_its_combine_and_the_run_verifies(tiny: dict[str, Any], n
     assert run.document["identity"]["outer.combine"] == name
 
 
-@pytest.mark.parametrize("codec", CODEC_NAMES)
-def test_every_codec_serves_both_ways(tiny: dict[str, Any], codec: str) -> None:
-    run, records = train(tiny, f"sync.uplink={codec}", f"sync.downlink={codec}")
-    num_bytes = get_codec(codec).num_bytes(run.layout.num_values)
-    assert {record.codec for record in records} == {codec}
-    assert {share.payload_bytes for record in records for share in record.shares} == {num_bytes}
+@pytest.mark.parametrize("uplink", CODEC_NAMES)
+def test_every_codec_serves_both_ways_but_topk_only_up(tiny: dict[str, Any], uplink: str) -> None:
+    downlink = uplink if uplink in DOWNLINK_CODEC_NAMES else "int8"
+    run, records = train(tiny, f"sync.uplink={uplink}", f"sync.downlink={downlink}")
+    num_up, num_down = (get_codec(name).num_bytes(run.layout.num_values) for name in (uplink, downlink))
+    assert {record.codec for record in records} == {downlink}
+    assert {share.payload_bytes for record in records for share in record.shares} == {num_up}
     for record in records:
         payload = torch.frombuffer(bytearray(RunLog.open(run.store).payload(record)), dtype=torch.uint8)
-        assert payload.numel() == num_bytes
+        assert payload.numel() == num_down
+
+
+def test_topk_is_refused_as_downlink(tiny: dict[str, Any]) -> None:
+    assert set(CODEC_NAMES) - set(DOWNLINK_CODEC_NAMES) == {"topk"}
+    with pytest.raises(ConfigError, match=r"sync\.downlink=topk is no codec of the downlink"):
+        RunConfig.from_dict(tiny, ["sync.downlink=topk"])
 
 
 def test_another_combine_is_another_run(tiny: dict[str, Any], tmp_path: Path) -> None:
