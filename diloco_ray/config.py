@@ -128,8 +128,9 @@ class RunConfig(BaseModel):
         for field, names in (("uplink", CODEC_NAMES), ("downlink", DOWNLINK_CODEC_NAMES)):
             name: str = getattr(self.sync, field)
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-                raise ValueError(f"sync.{field}={name} is no {field} codec; did you mean {near}? {', '.join(names)}")
+                near = difflib.get_close_matches(name, names, n=1)
+                remedy = f"did you mean {near[0]}? There are" if near else "choose one of"
+                raise ValueError(f"sync.{field}={name} is no codec of the {field}; {remedy} {', '.join(names)}")
         if self.sync.weighting != "uniform" and not self.outer.uses_weights:
             pair = f"sync.weighting={self.sync.weighting} with outer.combine={self.outer.combine}"
             raise ValueError(f"{pair}: its values have no weights; choose sync.weighting=uniform or another combine")
