@@ -154,6 +154,10 @@ class RunConfig(BaseModel):
             return
         if overlap != steps:
             raise ValueError(f"{given}: an eager update takes a whole round; set sync.overlap={steps}")
+        if self.sync.closes != "all" or self.sync.weighting != "uniform":
+            why = "an island must know its share of the next step beforehand"
+            what = f"sync.eager with sync.closes={self.sync.closes} and sync.weighting={self.sync.weighting}: {why}"
+            raise ValueError(f"{what}; set sync.closes=all and sync.weighting=uniform")
         if self.outer.combine != "mean":
             why = "the own part of a step is its share of the mean"
             raise ValueError(f"sync.eager with outer.combine={self.outer.combine}: {why}; set outer.combine=mean")
