@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from diloco_ray.algorithm import combine as combine_module
 from diloco_ray.algorithm.codecs import CODEC_NAMES, Codec, get_codec
-from diloco_ray.algorithm.combine import COMBINES, Contributions, is_embedding
-from diloco_ray.algorithm.fragments import TensorSlot, partition
+from diloco_ray.algorithm.combine import COMBINES, Contributions
+from diloco_ray.algorithm.fragments import is_embedding, partition
 from diloco_ray.algorithm.settings import OuterSettings
 
 # Tensors that begin and end inside blocks of 256 values; one that is smaller than a block; an embedding and a head.
@@ -232,7 +232,7 @@ def test_radial_keeps_the_mean_length_of_each_tensor_but_of_embeddings():
     expected = radial_by_hand(decoded(vectors, "float32"), np.array(weights))
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=4e-6)
     for slot in FRAGMENT.slots:
-        if is_embedding(slot):
+        if is_embedding(slot.name, slot.shape):
             assert torch.equal(slot.of(found), slot.of(mean))
         else:
             mean_length = sum(float(slot.of(vector).norm()) for vector in vectors) / 8
@@ -268,7 +268,7 @@ def test_radial_has_no_direction_where_there_is_none(vectors: list[torch.Tensor]
     ],
 )
 def test_embeddings_are_two_dimensional_and_named_so(name: str, shape: tuple[int, ...], expected: bool):
-    assert is_embedding(TensorSlot(name, shape, 0, math.prod(shape))) is expected
+    assert is_embedding(name, shape) is expected
 
 
 def test_one_wild_island_moves_the_robust_combines_no_further_than_an_honest_one_could():
