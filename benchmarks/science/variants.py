@@ -33,7 +33,7 @@ EIGHT = ("islands=8",)
 SGD_1 = ("outer.optimizer=sgd", "outer.learning_rate=1")
 LOW = ("outer.learning_rate=0.2",)
 DELAYED, EAGER = ("sync.overlap=25",), ("sync.overlap=25", "sync.eager=true")
-FRAGMENTS = ("sync.fragments=4", "sync.partition=strided")
+FRAGMENTS = ("sync.fragments=4", "sync.partition=balanced")
 MUON = ("inner.optimizer=muon",)
 SPEEDS = ("experiment.speeds=[1, 0.75, 0.5, 0.25]",)
 
