@@ -205,7 +205,7 @@ class Exchange:
 
     def _encode(self, item: Outgoing) -> tuple[Contribution, Tensor]:
         p = item.fragment.index
-        if self.job.sync.anchor == "base":
+        if self.job.sync.anchor == "base" and not item.plan.silent_steps:
             return self._outbox.encode(item, self.base[p], item.base_version, self.incarnation)
         with self._changed:  # the replica stands still
             replica = self._follower.replica
@@ -305,6 +305,11 @@ class Exchange:
         with self._changed:
             self._targets[fragment] = round + 1 if self._in_step and round is not None else None
             self._follower.replay(fragment, self._targets[fragment])
+
+    def stands_at(self, fragment: int, version: int) -> bool:
+        """Whether the replica has replayed the fragment up to this version."""
+        with self._changed:
+            return self._follower.replica.versions[fragment] >= version
 
     def is_settled(self, fragment: int, round: int) -> bool:
         """Whether the outer step that this round's contribution went into, or came too late for, is at hand."""
