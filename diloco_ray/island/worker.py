@@ -189,6 +189,9 @@ class Island:
         """A fragment whose round was closed meanwhile, without this island, is only merged."""
         p, exchange = fragment.index, self.exchange
         yield from self._wait_until(partial(exchange.is_encoded, p), plan)
+        if plan.silent_steps:  # measured from what the others agreed on meanwhile (DiLoCo, Algorithm 1, line 11)
+            exchange.aim(p, plan.round - 1)
+            yield from self._wait_until(partial(exchange.stands_at, p, plan.round), plan)
         if not exchange.has_closed(p, plan.round):
             steps = self._num_steps - self._merged_at[p]
             exchange.post(plan, fragment, self._tensors, steps, self._metrics(fragment, loop))
