@@ -158,6 +158,13 @@ class RunConfig(BaseModel):
             why = "an island must know its share of the next step beforehand"
             what = f"sync.eager with sync.closes={self.sync.closes} and sync.weighting={self.sync.weighting}: {why}"
             raise ValueError(f"{what}; set sync.closes=all and sync.weighting=uniform")
+        for field, value in (("sync.anchor", self.sync.anchor), ("sync.mixing", self.sync.mixing)):
+            if value not in ("base", 0.0):
+                why = "an eager island measures from its own replica, whole"
+                raise ValueError(f"sync.eager with {field}={value}: {why}; leave {field} at its default")
+        if self.experiment.drop_probability:
+            what = f"sync.eager with experiment.drop_probability={self.experiment.drop_probability}"
+            raise ValueError(f"{what}: an own part that is lost cannot be taken back; set it to 0")
         if self.outer.combine != "mean":
             why = "the own part of a step is its share of the mean"
             raise ValueError(f"sync.eager with outer.combine={self.outer.combine}: {why}; set outer.combine=mean")
