@@ -55,6 +55,15 @@ def judge_header(state: RunState, c: Contribution) -> Verdict | None:
     return None
 
 
+def is_outdated(state: RunState, c: Contribution) -> bool:
+    """Whether the work that the contribution is of has become void: its base is too old, and will not get younger."""
+    if state.rules.in_step or not is_current(state.members, c.island, c.incarnation) or ended(state):
+        return False
+    plan = plan_of(state, c)
+    waits = plan is not None and not state.is_whole(plan) and c.key not in state.inbox
+    return waits and bool(_time_problem(state, c, plan))
+
+
 def plan_of(state: RunState, c: Contribution) -> InnerPlan | None:
     return next((p for p in state.plans.get(c.island, ()) if (p.lease_id, p.round) == (c.lease_id, c.round)), None)
 

@@ -33,6 +33,12 @@ class Pace:
             return self
         return replace(self, step_s={**self.step_s, island: _average(self.step_s.get(island), step_s)})
 
+    def forgotten(self, island: str) -> "Pace":
+        """The speed of an island that is gone is nobody's measure."""
+        if island not in self.step_s:
+            return self
+        return replace(self, step_s={name: step_s for name, step_s in self.step_s.items() if name != island})
+
     def launched(self, fragment: int, now_s: float, quorum_s: float) -> "Pace":
         launched_s = {**self.launched_s, fragment: now_s}
         return replace(self, launched_s=launched_s, quorum_s=_average(self.quorum_s, quorum_s))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from diloco_ray.coordination import membership
 from diloco_ray.coordination.messages import Command, End, InnerPlan, Note
-from diloco_ray.coordination.state import Rules, RunState, ended
+from diloco_ray.coordination.state import Key, Rules, RunState, ended, without
 from diloco_ray.ids import island_name
 
 Step = tuple[RunState, list[Command]]
@@ -20,33 +20,49 @@ def hand_out_work(state: RunState, now_s: float) -> Step:
         return state, []
     if state.rules.in_step:
         state, commands = _open_round(state, now_s)
+        state = _break_silence(state)
     else:
         state, commands = _go_on(state)
     return _look_ahead(state), commands
 
 
 def _open_round(state: RunState, now_s: float) -> Step:
-    """All of the idle when no round is open, joiners only where the open round lacks islands.
+    """All of the idle when a round begins, joiners only where the open round lacks islands.
 
     A joiner that has waited long enough for the open round to close gets work as well: who is at work may be hung.
     """
     rules = state.rules
-    able = state.alive[: rules.islands_in(state.round)]
-    idle = [name for name in able if not state.plans.get(name)]
-    taking_part = set(able) - set(idle) | {key[2] for key in state.accepted(state.closing_fragment)}
-    if not taking_part and len(able) < _least(state):
+    taking_part = _taking_part(state, state.round)
+    room = max(0, rules.islands_in(state.round) - len(taking_part))
+    idle = [name for name in state.alive if not state.plans.get(name)][:room]
+    if not taking_part and len(idle) < _least(state):
         return state, []
-    short = len(taking_part) < _least(state)
-    if state.phase != "gathering" and taking_part and not short:
+    if state.opened == state.round and len(taking_part) >= _least(state):
         idle = [name for name in idle if now_s - state.members[name].joined_s > rules.waiting_timeout_s]
-    state = replace(state, phase="training") if state.phase == "gathering" else state
+    phase = "training" if state.phase == "gathering" else state.phase
+    state = replace(state, phase=phase, opened=state.round)
     if not idle:
         return state, []
     return issue_plans(state, idle), [Note(f"round {state.round + 1}: {', '.join(idle)} at work")]
 
 
+def _taking_part(state: RunState, round: int) -> list[str]:
+    """Islands with work for this round, done or not."""
+    return [name for name, plans in state.plans.items() if any(p.first_round <= round <= p.round for p in plans)]
+
+
 def _least(state: RunState) -> int:
     return min(state.rules.min_islands, state.rules.islands_in(state.round))
+
+
+def _break_silence(state: RunState) -> RunState:
+    """Where chance drops some of a round's contributions and the others are lost, one of the silent speaks."""
+    plans = [plan for plans in state.plans.values() for plan in plans]
+    silent = [name for name in state.alive if any(p.island == name and p.first_round <= state.round for p in plans)]
+    if not silent or any(plan.round == state.round for plan in plans):
+        return state
+    state = revoke(state, silent[0], "expired", all_of_it=True)
+    return _issue(state, silent[0], state.round, may_drop=False)
 
 
 def _go_on(state: RunState) -> Step:
@@ -61,11 +77,7 @@ def _go_on(state: RunState) -> Step:
 def _look_ahead(state: RunState) -> RunState:
     if not state.rules.overlap:
         return state
-    with_one = [name for name in state.alive if len(state.open_plans(name)) == 1]
-    if state.rules.in_step:
-        able = {name: state.alive[: state.rules.islands_in(_next_round(state, name))] for name in with_one}
-        with_one = [name for name in with_one if name in able[name]]
-    return issue_plans(state, with_one)
+    return issue_plans(state, [name for name in state.alive if len(state.open_plans(name)) == 1])
 
 
 def issue_plans(state: RunState, islands: list[str]) -> RunState:
@@ -76,7 +88,9 @@ def issue_plans(state: RunState, islands: list[str]) -> RunState:
     holders = {holder for _, holder in state.ledger.returned}
     for island in sorted(islands, key=lambda island: (island not in holders, island)):
         first = _next_round(state, island)
-        if not state.rules.in_step or first < state.rules.num_rounds:
+        if not state.rules.in_step or (
+            first < state.rules.num_rounds and len(_taking_part(state, first)) < state.rules.islands_in(first)
+        ):
             state = _issue(state, island, first)
     return state
 
@@ -88,10 +102,10 @@ def _next_round(state: RunState, island: str) -> int:
     return plans[-1].round + 1 if plans else state.round
 
 
-def _issue(state: RunState, island: str, first: int) -> RunState:
+def _issue(state: RunState, island: str, first: int, *, may_drop: bool = True) -> RunState:
     rules = state.rules
     round = first
-    while round + 1 < rules.num_rounds and is_dropped(rules, island, round):
+    while may_drop and round + 1 < rules.num_rounds and is_dropped(rules, island, round):
         round += 1
     steps = rules.inner_steps_per_round
     if rules.steps_by_speed:
@@ -109,7 +123,7 @@ def _issue(state: RunState, island: str, first: int) -> RunState:
         inner_steps=silent + steps,
         silent_steps=silent,
         first_inner_step=begun,
-        num_islands=len(state.alive),
+        num_islands=min(len(state.alive), rules.islands_in(round)),
         ranges=lease.ranges,
     )
     plans = {**state.plans, island: (*state.plans.get(island, ()), plan)}
@@ -121,6 +135,44 @@ def _steps_taken(state: RunState, island: str) -> int:
     per_step = state.rules.sequences_per_inner_step * state.ledger.tokens_per_sequence
     in_hand = sum(lease.num_tokens for lease in state.ledger.outstanding.values() if lease.island == island)
     return state.ledger.account()["committed"] // (state.rules.max_islands * per_step) + in_hand // per_step
+
+
+def revoke(state: RunState, island: str, fate: str, *, all_of_it: bool = False) -> RunState:
+    """Ends the island's plans, but for those whose closing contribution is already accepted.
+
+    One that overtook the contribution to an earlier plan goes with that plan: rounds are done in their order.
+    all_of_it: those as well, unless an outer step under way has taken them in.
+    """
+    mine, unfinished = state.plans.get(island, ()), state.open_plans(island)
+    inspecting = {key for key, item in state.inbox.items() if key[2] == island and item.norm is None}
+    state = replace(state, inbox=without(state.inbox, *inspecting))
+    if not unfinished and not all_of_it:
+        return state
+    begin = 0 if all_of_it else mine.index(unfinished[0])
+    leases = {plan.lease_id for plan in mine[begin:]}
+    gone = {key for key in _unspent(state, leases) if all_of_it or key[0] == state.closing_fragment}
+    ledger = state.ledger
+    for plan in mine[begin:]:
+        ledger = ledger.settle(plan.lease_id, fate)
+    return replace(
+        state,
+        ledger=ledger,
+        inbox=without(state.inbox, *gone),
+        plans={**state.plans, island: mine[:begin]},
+        num_plans={**state.num_plans, island: mine[begin].first_round},
+    )
+
+
+def void(state: RunState, island: str, fate: str) -> RunState:
+    """Ends the island's unfinished plans, and drops what it has contributed under them."""
+    unfinished = {plan.lease_id for plan in state.open_plans(island)}
+    return revoke(replace(state, inbox=without(state.inbox, *_unspent(state, unfinished))), island, fate)
+
+
+def _unspent(state: RunState, leases: set[str]) -> list[Key]:
+    """Contributions under these leases, but for what an outer step under way has taken in."""
+    stepping = {key for keys in state.stepping.values() for key in keys}
+    return [key for key, item in state.inbox.items() if item.contribution.lease_id in leases and key not in stepping]
 
 
 def is_dropped(rules: Rules, island: str, round: int) -> bool:

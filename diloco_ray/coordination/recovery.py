@@ -6,7 +6,7 @@ from dataclasses import replace
 from diloco_ray.coordination.admission import NORM_HISTORY
 from diloco_ray.coordination.membership import Member
 from diloco_ray.coordination.messages import DataRange, TakeOuterStep
-from diloco_ray.coordination.state import RunState, with_version
+from diloco_ray.coordination.state import RunState, with_settled, with_version
 
 
 def recover(state: RunState, steps: Iterable[TakeOuterStep]) -> RunState:
@@ -16,14 +16,17 @@ def recover(state: RunState, steps: Iterable[TakeOuterStep]) -> RunState:
     for last in steps:
         fragment = last.fragment
         members = {s.island: Member(s.island, "absent", s.incarnation) for s in last.shares}
+        settled = state.settled
+        for share in last.shares:
+            settled = with_settled(settled, fragment, share.island, share.round, share.payload_sha256)
         norms = (*state.norms.get(fragment, ()), *(share.norm for share in last.shares))[-NORM_HISTORY:]
         state = replace(
             state,
             index=state.index + 1,
             round=last.round,
             versions=with_version(state.versions, fragment, last.base_version + 1),
-            settled={**state.settled, **{(fragment, s.island): (s.round, s.payload_sha256) for s in last.shares}},
-            num_plans={**state.num_plans, **{share.island: share.round + 1 for share in last.shares}},
+            settled=settled,
+            num_plans={name: round + 1 for (p, name), (round, _) in settled.items() if p == state.closing_fragment},
             members=dict(sorted({**state.members, **members}.items())),
             norms={**state.norms, fragment: norms},
         )

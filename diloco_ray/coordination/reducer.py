@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from diloco_ray.coordination import membership
-from diloco_ray.coordination.admission import judge_header, judge_norm, plan_of, refuse, schema_problem
+from diloco_ray.coordination.admission import is_outdated, judge_header, judge_norm, plan_of, refuse, schema_problem
 from diloco_ray.coordination.membership import STRIKES_TO_QUARANTINE, Member, with_member
 from diloco_ray.coordination.messages import (
     Answer,
@@ -30,9 +30,9 @@ from diloco_ray.coordination.messages import (
     Tick,
     Verdict,
 )
-from diloco_ray.coordination.plans import Step, hand_out_work, issue_plans, watch_the_wait
+from diloco_ray.coordination.plans import Step, hand_out_work, issue_plans, revoke, void, watch_the_wait
 from diloco_ray.coordination.rounds import close_fragments, committed
-from diloco_ray.coordination.state import Accepted, RunState, ended, without
+from diloco_ray.coordination.state import Accepted, RunState, ended
 
 
 def reduce(state: RunState, event: Event) -> Step:
@@ -97,16 +97,21 @@ def _joined(state: RunState, event: Joined) -> Step:
 
 
 def _take_up(state: RunState, island: str, held: InnerPlan) -> Step:
-    """An island that outlived the coordinator goes on with its work if nobody else has got its data."""
+    """An island that outlived the coordinator goes on with its work if nobody else has got its data.
+
+    Work that follows on work that is void is void as well: nobody would do the rounds between.
+    """
     rules, mine = state.rules, state.plans.get(island, ())
-    following = mine[-1].round + 1 if mine else state.round
+    following = state.num_plans.get(island, 0)
+    if rules.in_step:
+        following = mine[-1].round + 1 if mine else state.round
     fits = (
         not ended(state)
         and held.island == island
         and membership.is_current(state.members, island, held.incarnation)
-        and (following <= held.round < rules.num_rounds if rules.in_step else held.round >= following)
-        and 0 < held.inner_steps - held.silent_steps <= rules.inner_steps_per_round
-        and held.first_round <= following + bool(rules.overlap)
+        and 0 <= held.silent_steps < held.inner_steps <= held.silent_steps + rules.inner_steps_per_round
+        and held.first_round <= following <= held.round
+        and (held.round < rules.num_rounds or not rules.in_step)
         and sum(r.num_sequences for r in held.ranges) == held.inner_steps * rules.sequences_per_inner_step
     )
     ledger = state.ledger.adopt(held.lease_id, island, held.ranges) if fits else None
@@ -132,22 +137,8 @@ def _gone(state: RunState, island: str, standing: membership.Standing, reason: s
     if member.standing not in ("alive", "expected"):
         return state, []
     members = with_member(state.members, replace(member, standing=standing, reason=reason))
-    state = _revoke(replace(state, members=members), island, "expired")
+    state = revoke(replace(state, members=members, pace=state.pace.forgotten(island)), island, "expired")
     return state, [Note(f"{island} {standing}: {reason}")]
-
-
-def _revoke(state: RunState, island: str, fate: str) -> RunState:
-    """Ends the island's plans, but for those whose closing contribution is already accepted."""
-    inspecting = {key for key, item in state.inbox.items() if key[2] == island and item.norm is None}
-    state = replace(state, inbox=without(state.inbox, *inspecting))
-    ledger, ended_plans = state.ledger, state.open_plans(island)
-    if not ended_plans:
-        return state
-    for plan in ended_plans:
-        ledger = ledger.settle(plan.lease_id, fate)
-    whole = tuple(plan for plan in state.plans[island] if plan not in ended_plans)
-    num_plans = {**state.num_plans, island: ended_plans[0].first_round}
-    return replace(state, ledger=ledger, plans={**state.plans, island: whole}, num_plans=num_plans)
 
 
 # ---- contributions ----
@@ -160,6 +151,8 @@ def _submitted(state: RunState, event: Submitted) -> Step:
         state = replace(state, offered=state.offered | {c.island})
     if verdict is None:
         return _awaited(state, c)
+    if verdict.status == "rejected" and is_outdated(state, c):
+        state = void(state, c.island, "expired")
     commands: list[Command] = [] if verdict.status == "pending" else [Answer(c, verdict)]
     if verdict.status == "rejected":
         commands.append(Note(f"{c.island}: contribution to fragment {c.fragment} rejected: {verdict.reason}"))
@@ -194,7 +187,7 @@ def _inspected(state: RunState, event: Inspected) -> Step:
 
 def _strike(state: RunState, c: Contribution, reason: str) -> Step:
     """A bad payload costs the island the work it has in hand; the third in a row costs it its place."""
-    state = _void(state, c.island)
+    state = void(state, c.island, "rejected")
     member = state.members[c.island]
     member = replace(member, strikes=member.strikes + 1)
     state = replace(state, members=with_member(state.members, member))
@@ -207,18 +200,6 @@ def _strike(state: RunState, c: Contribution, reason: str) -> Step:
         return state, commands + more
     # The same data once more: where islands go in step, the others wait for it in this round.
     return (issue_plans(state, [c.island]) if not state.open_plans(c.island) else state), commands
-
-
-def _void(state: RunState, island: str) -> RunState:
-    """Drops the island's unfinished work, but for what an outer step under way has taken in."""
-    unfinished = {plan.lease_id for plan in state.open_plans(island)}
-    stepping = {key for keys in state.stepping.values() for key in keys}
-    mine = {
-        key
-        for key, item in state.inbox.items()
-        if key[2] == island and item.contribution.lease_id in unfinished and key not in stepping
-    }
-    return _revoke(replace(state, inbox=without(state.inbox, *mine)), island, "rejected")
 
 
 # ---- time ----

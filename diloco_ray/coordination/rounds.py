@@ -6,13 +6,14 @@ grace window; what comes later has expired. Otherwise a step takes what has come
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 from diloco_ray.coordination import membership
 from diloco_ray.coordination.admission import NORM_HISTORY
 from diloco_ray.coordination.data_ledger import DataLedger
 from diloco_ray.coordination.messages import CloseRound, Command, Committed, End, InnerPlan, Share, TakeOuterStep
-from diloco_ray.coordination.state import Accepted, Key, RunState, ended, with_version, without
+from diloco_ray.coordination.state import Accepted, Key, RunState, ended, with_settled, with_version, without
 
 Step = tuple[RunState, list[Command]]
 Ready = tuple[str, tuple[Key, ...]]  # why, and what the step is made of
@@ -73,15 +74,40 @@ def _ready_in_step(state: RunState, fragment: int, accepted: dict[Key, Accepted]
 
 
 def _ready_with_quorum(state: RunState, fragment: int, accepted: dict[Key, Accepted], now_s: float) -> Ready | None:
-    islands, num_alive = {key[2] for key in accepted}, len(state.alive)
+    islands, present = {key[2] for key in accepted}, _present(state)
     ends_s = _grace_ends_s(state, fragment)
     if ends_s is None or now_s < _held_until_s(state, fragment):
         return None
-    if islands.issuperset(state.alive):
+    if islands.issuperset(present):
         return f"all {len(islands)} live islands in", tuple(accepted)
     if now_s >= ends_s and not _being_inspected(state, fragment):
-        return f"{len(islands)} of {num_alive} in", tuple(accepted)
+        return f"{len(islands)} of {len(present)} in", tuple(accepted)
     return None
+
+
+def _quorum_s(state: RunState, taken: list[Accepted]) -> float:
+    """From the first contribution to the one that made the quorum."""
+    times = _arrivals_s(taken)
+    return times[min(_quorum(state), len(times)) - 1] - times[0]
+
+
+def _quorum(state: RunState) -> int:
+    rules = state.rules
+    return rules.quorum if rules.in_step else min(rules.quorum, max(1, len(_present(state))))
+
+
+def _present(state: RunState) -> tuple[str, ...]:
+    """The living, and those that worked on before a coordinator restart: they are expected back."""
+    return (*state.alive, *membership.names(state.members, "expected"))
+
+
+def _arrivals_s(items: Iterable[Accepted]) -> list[float]:
+    """When each island was first in, earliest first."""
+    first_s: dict[str, float] = {}
+    for item in items:
+        name = item.contribution.island
+        first_s[name] = min(item.accepted_s, first_s.get(name, item.accepted_s))
+    return sorted(first_s.values())
 
 
 def _being_inspected(state: RunState, fragment: int) -> bool:
@@ -115,13 +141,12 @@ def _grace_ends_s(state: RunState, fragment: int) -> float | None:
     rules = state.rules
     if rules.closes == "arrival":
         return None
-    first_s: dict[str, float] = {}
-    for key, item in state.accepted(fragment).items():
-        first_s.setdefault(key[2], item.accepted_s)
-    quorum = rules.quorum if rules.in_step else min(rules.quorum, max(1, len(state.alive)))
-    if len(first_s) < quorum:
+    times, quorum = _arrivals_s(state.accepted(fragment).values()), _quorum(state)
+    if rules.in_step:
+        quorum = max(1, quorum - len(_silent(state, state.versions[fragment])))
+    if len(times) < quorum:
         return None
-    quorum_since_s = sorted(first_s.values())[quorum - 1]
+    quorum_since_s = times[quorum - 1]
     if rules.in_step:
         return quorum_since_s + rules.grace_s
     grace_s = state.pace.grace_s(rules.overlap, rules.grace_share, rules.grace_s)
@@ -170,13 +195,12 @@ def _close(
             ledger = _expire(state, ledger, version)
         else:
             plans = {name: tuple(p for p in mine if p.lease_id not in spent) for name, mine in plans.items()}
-    quorum_s = max(item.accepted_s for item in taken) - min(item.accepted_s for item in taken)
     state = replace(
         state,
         ledger=ledger,
         plans=plans,
         stepping={**state.stepping, fragment: keys},
-        pace=state.pace.launched(fragment, now_s, quorum_s),
+        pace=state.pace.launched(fragment, now_s, _quorum_s(state, taken)),
     )
     return state, TakeOuterStep(fragment, _rounds_after(state), version, shares, ledger.account(), reason)
 
@@ -213,7 +237,7 @@ def _rounds_after(state: RunState) -> int:
     if state.rules.in_step:
         return min(version + (p in state.stepping) for p, version in enumerate(state.versions))
     per_round = state.rules.max_islands * state.rules.sequences_per_round * state.ledger.tokens_per_sequence
-    return state.ledger.account()["committed"] // per_round
+    return min(state.rules.num_rounds, state.ledger.account()["committed"] // per_round)
 
 
 # ---- what a committed step changes ----
@@ -228,16 +252,17 @@ def committed(state: RunState, event: Committed) -> Step:
     members = dict(state.members)
     for _, _, name in keys:
         members[name] = replace(members[name], strikes=0)
+    settled = state.settled
+    for item in taken:
+        c = item.contribution
+        settled = with_settled(settled, fragment, c.island, c.round, c.payload_sha256)
     norms = (*state.norms.get(fragment, ()), *(item.norm or 0.0 for item in taken))[-NORM_HISTORY:]
     state = replace(
         state,
         index=event.index,
         versions=with_version(state.versions, fragment, event.version),
         members=members,
-        settled={
-            **state.settled,
-            **{(p, name): (round, state.inbox[p, round, name].contribution.payload_sha256) for p, round, name in keys},
-        },
+        settled=settled,
         stepping=without(state.stepping, fragment),
         inbox={
             key: item
@@ -253,7 +278,6 @@ def committed(state: RunState, event: Committed) -> Step:
 
 def _close_round(state: RunState, done: int, applied: int) -> Step:
     rules = state.rules
-    done = min(done, rules.num_rounds)
     last = done == rules.num_rounds
     close = CloseRound(
         round=done,

@@ -70,6 +70,7 @@ class Accepted:
 
 
 Key = tuple[int, int, str]  # fragment, round, island
+Settled = Mapping[tuple[int, str], tuple[int, str]]  # by fragment and island: round and digest
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -82,6 +83,7 @@ class RunState:
     reason: str = ""
     index: int = 0  # last committed record
     round: int = 0  # rounds completed
+    opened: int = -1  # the latest round that work was handed out for as it began
     versions: tuple[int, ...] = (0,)  # per fragment
     members: Members = field(default_factory=dict[str, Member])
     plans: Mapping[str, tuple[InnerPlan, ...]] = field(default_factory=dict[str, tuple[InnerPlan, ...]])  # by island
@@ -89,8 +91,7 @@ class RunState:
     inbox: Mapping[Key, Accepted] = field(default_factory=dict[Key, Accepted])
     offered: frozenset[str] = frozenset()  # islands that sent a contribution since the last round ended, good or bad
     stepping: Mapping[int, tuple[Key, ...]] = field(default_factory=dict[int, tuple[Key, ...]])  # being computed
-    # What was last committed, by fragment and island: its round and digest.
-    settled: Mapping[tuple[int, str], tuple[int, str]] = field(default_factory=dict[tuple[int, str], tuple[int, str]])
+    settled: Settled = field(default_factory=dict[tuple[int, str], tuple[int, str]])  # the latest that is committed
     waiting_since_s: float | None = None
     norms: Mapping[int, tuple[float, ...]] = field(default_factory=dict[int, tuple[float, ...]])  # newest, by fragment
     pace: Pace = field(default_factory=Pace)
@@ -117,11 +118,16 @@ class RunState:
         found = {
             key: item
             for key, item in self.inbox.items()
-            if key[0] == fragment
-            and item.norm is not None
-            and (not self.rules.in_step or key[1] == self.versions[fragment])
+            if key[0] == fragment and item.norm is not None and self._is_due(key)
         }
         return dict(sorted(found.items(), key=lambda item: (item[0][2], item[0][1])))
+
+    def _is_due(self, key: Key) -> bool:
+        """An island's leases are spent in the order in which they were given."""
+        fragment, round, island = key
+        if self.rules.in_step:
+            return round == self.versions[fragment]
+        return fragment != self.closing_fragment or all(plan.round >= round for plan in self.open_plans(island))
 
 
 def ended(state: RunState) -> bool:
@@ -134,6 +140,13 @@ def plan_for(state: RunState, island: str, incarnation: int, held: str) -> Inner
     leases = [plan.lease_id for plan in plans]
     following = plans[leases.index(held) + 1 :] if held in leases else plans
     return following[0] if following and following[0].incarnation == incarnation else None
+
+
+def with_settled(settled: Settled, fragment: int, island: str, round: int, payload_sha256: str) -> Settled:
+    """What is settled does not go back: contributions may be committed in another order than they were made in."""
+    if settled.get((fragment, island), (-1, ""))[0] > round:
+        return settled
+    return {**settled, (fragment, island): (round, payload_sha256)}
 
 
 def with_version(versions: tuple[int, ...], fragment: int, version: int) -> tuple[int, ...]:

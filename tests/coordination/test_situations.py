@@ -3,20 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from toy_world import RULES, TOKENS_PER_SEQUENCE, World
+from toy_world import RULES, TOKENS_PER_SEQUENCE, World, at_work
 
 from diloco_ray.coordination.messages import Committed, Inspected, Joined, Lost, Submitted, Tick, Verdict
 from diloco_ray.coordination.state import RunState, plan_for
-
-
-def at_work(*names: str, **changes: object) -> World:
-    """A world whose first round is open, with these islands in it."""
-    world = World(replace(RULES, **changes))
-    world.start_coordinator(*names)
-    world.join(*names)
-    world.fetch_plan()
-    return world
-
 
 # ---- opening ----
 
@@ -67,11 +57,11 @@ def test_an_island_that_joins_in_a_round_with_too_few_starts_at_once():
 
 def test_a_hello_that_is_said_twice_changes_nothing():
     world = at_work("a", "b")
-    plan = world.state.plans["a"]
+    plan = world.plan("a")
     process = world.islands["a"].process
     world.receive(Joined(0.0, "a", process, 0, 1, "node"))  # the answer to the first got lost
     world.receive(Joined(0.0, "a", process, 1, 1, "node"))
-    assert plan_for(world.state, "a", 1) == plan
+    assert plan_for(world.state, "a", 1, "") == plan
     assert world.work() == [Verdict("accepted"), Verdict("accepted")]
 
 
@@ -129,7 +119,7 @@ def test_grace_closes_a_round_without_the_straggler_whose_lease_expires_and_whos
     assert world.state.round == 1
     assert world.log[0].reason == "2 of 3 in; slow overran 10 s"
     assert world.log[0].tokens["expired"] == 4 * TOKENS_PER_SEQUENCE
-    assert world.submit(late).reason == "stale: based on version 0, fragment 0 is at 1 in round 2"
+    assert world.submit(late).reason == "stale: for round 1, fragment 0 has closed it"
     assert world.ranges("slow") == held
 
 
@@ -151,7 +141,6 @@ def test_grace_that_a_struck_contribution_had_started_starts_again():
     world.send("b", 0)
     world.pass_time(8.0)
     world.send("b", 1, "nan")
-    world.islands["b"].plan = None
     world.fetch_plan("b")
     world.send("b", 0)
     world.pass_time(5.0)
@@ -179,7 +168,8 @@ def test_a_silent_island_is_lost_and_its_work_resumed_when_it_is_heard_again():
     world.pass_time(35.0, beating=["a", "b"])
     assert world.standing("c") == "lost"
     assert world.at_work == ("a", "b")
-    held = world.islands["c"].plan
+    held = world.islands["c"].held
+    assert held
     world.beat("c")
     assert world.state.plans["c"] == held
     world.work()
@@ -260,7 +250,7 @@ def test_a_zombie_incarnation_is_fenced():
     world.join("a")
     assert world.islands["a"].incarnation == 2
     assert world.submit(late).reason == "fenced: incarnation 1 of a is not the current one"
-    world.receive(Joined(0.0, "a", zombie.process, zombie.incarnation, 1, "node", zombie.plan))
+    world.receive(Joined(0.0, "a", zombie.process, zombie.incarnation, 1, "node", zombie.held))
     assert world.state.members["a"].process == world.islands["a"].process
 
 
@@ -279,7 +269,10 @@ def test_the_death_of_an_older_process_does_not_touch_its_successor():
         ({"protocol_version": 99}, "protocol"),
         ({"fragment": 1}, "schema: fragment 1 of 1"),
         ({"fragment": -1}, "schema: fragment -1 of 1"),
-        ({"base_version": 1}, "stale"),
+        ({"base_version": 1}, "stale: based on version 1, fragment 0 is at 0"),
+        ({"base_version": -1}, "stale: based on version -1, fragment 0 is at 0"),
+        ({"round": 1}, "stale: based on version 0, round 2 begins at 1"),
+        ({"round": -1}, "conflict"),
         ({"lease_id": "2.2"}, "lease: 2.2 is not held by a"),
         ({"codec": "float32"}, "schema: 100 bytes of float32 where 100 bytes of int8 belong"),
         ({"payload_bytes": 10**12}, "schema: 1000000000000 bytes"),
@@ -295,7 +288,7 @@ def test_a_header_that_does_not_fit_is_refused_with_its_reason(changes: dict[str
 
 def test_a_contribution_to_a_run_that_is_over_is_refused():
     world = at_work("a", "b", num_rounds=1)
-    late = replace(world.islands["a"].contribution(0), base_version=1)
+    late = replace(world.islands["a"].contribution(0), round=1)
     world.work()
     assert world.submit(late).reason == "over: the run has succeeded"
 
@@ -306,7 +299,6 @@ def test_a_bad_payload_costs_the_island_its_work_and_it_gets_the_same_data_again
     assert world.send("a", payload="nan").reason == "values: not finite"
     assert world.ranges("a") == held
     assert world.state.ledger.account()["rejected"] == 4 * TOKENS_PER_SEQUENCE
-    world.islands["a"].plan = None
     assert world.work() == [Verdict("accepted"), Verdict("accepted")]
     assert world.state.members["a"].strikes == 0
 
@@ -316,7 +308,6 @@ def test_three_strikes_quarantine_an_island_and_the_others_go_on(codec: str):
     world = at_work("a", "b", "bad")
     for attempt in range(3):
         island = world.islands["bad"]
-        island.plan = None
         world.fetch_plan("bad")
         verdict = world.submit(replace(island.contribution(0, f"nan {attempt}"), codec=codec))
         assert verdict.status == "rejected"
@@ -332,10 +323,9 @@ def test_a_norm_far_above_the_median_is_refused():
     world.send("a", payload="norm 1.0")
     world.send("b", payload="norm 3.0")
     assert world.send("c", payload="norm 201.0").reason == "norm: 201 is more than 100 x the running median 2"
-    world.islands["c"].plan = None
     world.fetch_plan("c")
     assert world.send("c", payload="norm 199.0") == Verdict("accepted")
-    assert world.state.norms == (1.0, 3.0, 199.0)
+    assert world.state.norms == {0: (1.0, 3.0, 199.0)}
 
 
 @pytest.mark.parametrize("norm", ["nan", "inf"])
@@ -440,7 +430,8 @@ def test_a_survivor_of_the_first_round_keeps_its_incarnation_and_its_work():
     world.lose("b")
     world.join("b")
     world.fetch_plan()
-    held = world.islands["a"].plan
+    held = world.islands["a"].held
+    assert held
     world.restart_coordinator()
     world.beat()
     assert world.state.members["a"].incarnation == 2
@@ -493,22 +484,25 @@ def test_work_taken_up_while_the_outer_step_is_taken_gives_its_data_back_with_th
     held = world.ranges("late")
     world.work("a", "b")
     world.held = True
-    world.pass_time(10.0)
-    assert world.state.stepping == {0}
+    world.pass_time(10.0, beating=["a", "b"])
+    assert world.state.stepping == {0: ((0, 0, "a"), (0, 0, "b"))}
     world.receive(Lost(world.now_s, "late", "", "partition"))
     world.hello("late")
-    assert world.state.plans["late"].ranges == held
+    assert world.ranges("late") == held
     world.run_jobs()
     assert world.state.round == 1
     assert world.ranges("late") == held
 
 
-@pytest.mark.parametrize("changes", [{"base_version": 1}, {"round": 1}, {"inner_steps": 9}, {"ranges": ()}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"round": -1}, {"round": 1}, {"inner_steps": 9}, {"silent_steps": 2}, {"silent_steps": -2}, {"ranges": ()}],
+)
 def test_held_work_that_does_not_fit_the_open_round_is_void(changes: dict[str, object]):
     world = at_work("a", "b")
     held = world.islands["a"].plan
     assert held is not None
-    world.islands["a"].plan = replace(held, **changes)
+    world.islands["a"].plans = [replace(held, **changes)]
     world.restart_coordinator()
     world.hello("a")
     assert world.at_work == ()
@@ -518,10 +512,10 @@ def test_work_held_by_one_island_is_not_adopted_for_another():
     world = at_work("a", "b")
     held = world.islands["a"].plan
     world.restart_coordinator()
-    world.receive(Joined(0.0, "b", "process-9", 1, 1, "node", held))
+    world.receive(Joined(0.0, "b", "process-9", 1, 1, "node", (held,)))
     assert world.at_work == ()
-    world.receive(Joined(0.0, "a", world.islands["a"].process, 1, 1, "node", held))
-    assert world.state.plans["a"] == held
+    world.receive(Joined(0.0, "a", world.islands["a"].process, 1, 1, "node", (held,)))
+    assert world.state.plans["a"] == (held,)
 
 
 def test_recovery_from_the_log_equals_the_live_state():
@@ -601,30 +595,38 @@ def test_the_fragment_that_spends_the_data_closes_last():
     assert [step.fragment for step in world.log] == [0, 1]
 
 
-def test_a_fragment_that_has_stepped_takes_no_contribution_to_the_next_round_before_the_others_have():
+def test_a_fragment_that_has_stepped_takes_no_contribution_to_the_next_round_before_there_is_work_for_it():
     world = at_work("a", "b", num_fragments=2)
     world.send("a", 0)
     world.send("b", 0)
-    early = replace(world.islands["a"].contribution(0), base_version=1)
-    assert world.submit(early).reason == "stale: based on version 1, fragment 0 is at 1 in round 1"
+    early = replace(world.islands["a"].contribution(0), round=1, base_version=1)
+    assert world.submit(early).reason == "lease: 2.1 is not held by a"
 
 
-def test_after_a_restart_between_two_fragments_an_island_whose_first_was_lost_repeats_the_round():
+def test_after_a_restart_between_two_fragments_what_is_not_committed_is_sent_again():
     world = at_work("a", "b", num_fragments=2)
-    for name in "ab":
-        world.fetch_plan(name)
     world.send("a", 0)
     world.islands["a"].sent = 1
-    held = world.ranges("a")
+    held = world.islands["a"].held
     world.restart_coordinator()
+    assert world.state.inbox == {}
     world.beat()
-    verdict = world.send("a", 1)
-    assert verdict.reason == "order: fragment 0 of this round is missing before 1"
-    assert world.ranges("a") == held
-    assert world.state.members["a"].strikes == 0
-    world.islands["a"].plan = None
-    world.work()
+    assert list(world.state.inbox) == [(0, 0, "a")]
+    assert world.state.plans["a"] == held
+    assert world.work("a") == [Verdict("accepted")]
+    assert world.work("b") == [Verdict("accepted")] * 2
+    assert [len(step.shares) for step in world.log] == [2, 2]
     assert world.state.round == 1
+
+
+def test_fragments_of_one_round_may_come_in_any_order():
+    world = at_work("a", "b", num_fragments=2)
+    assert world.send("a", 1) == Verdict("accepted")
+    assert world.send("b", 1) == Verdict("accepted")
+    assert world.state.versions == (0, 0)
+    assert world.send("a", 0) == Verdict("accepted")
+    assert world.send("b", 0) == Verdict("accepted")
+    assert [step.fragment for step in world.log] == [0, 1]
 
 
 def test_after_a_restart_between_two_records_the_rest_of_the_round_is_done():
@@ -644,7 +646,7 @@ def test_after_a_restart_between_two_records_the_rest_of_the_round_is_done():
 
 
 def test_a_lease_wraps_into_the_next_epoch_and_every_epoch_is_complete():
-    world = World(RULES, num_sequences=10)
+    world = World(RULES, shard_sizes=(10,))
     world.start_coordinator("a", "b")
     world.join("a", "b")
     for _ in range(5):
@@ -666,7 +668,6 @@ def test_data_returned_by_the_lost_is_leased_before_new_data():
 def test_the_token_account_adds_up_over_every_fate():
     world = at_work("a", "b", "c")
     world.send("a", payload="nan")
-    world.islands["a"].plan = None
     world.lose("c")
     world.work()
     lease = 4 * TOKENS_PER_SEQUENCE
