@@ -126,7 +126,11 @@ def test_a_bad_payload_is_refused_with_its_reason_and_the_run_goes_on(
         ({"protocol_version": 99}, "protocol: version 99 offered, 1 spoken"),
         ({"fragment": 1}, "schema: fragment 1 of 1"),
         ({"incarnation": 7}, "fenced: incarnation 7 of island-01 is not the current one"),
-        ({"base_version": 5}, "stale: based on version 5"),
+        ({"base_version": 5}, "stale: based on version 5, fragment 0 is at 1"),
+        ({"base_version": 0}, "stale: based on version 0, round 2 begins at 1"),
+        ({"base_version": -1}, "stale: based on version -1, fragment 0 is at 1"),
+        ({"round": 2}, "stale: based on version 1, round 3 begins at 2"),
+        ({"round": -1}, "stale: a contribution to round 1 is committed, this one is for round 0"),
         ({"lease_id": "9.9"}, "lease: 9.9 is not held by island-01"),
     ],
 )
@@ -199,6 +203,6 @@ def test_after_the_end_what_is_late_is_refused_and_what_was_committed_is_known(t
     room.one_round()
     assert room.life.coordinator.state.phase == "succeeded"
     assert room.life.submit(*committed) == Verdict("committed")
-    late = room.bad.contribution(plan, base_version=7)
+    late = room.bad.contribution(plan, round=7)
     assert room.life.submit(*late) == Verdict("rejected", "over: the run has succeeded")
     assert room.life.coordinator._payloads == {}
