@@ -11,11 +11,12 @@ import pytest
 
 from diloco_ray.config import RunConfig
 from diloco_ray.coordinator.coordinator import Coordinator, Job
+from diloco_ray.document import replica_of
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.snapshot import list_snapshots
 from diloco_ray.log.verify import verify
 from diloco_ray.observe.events import of_kind, read_events
-from diloco_ray.run import Run, open_run, replica_of
+from diloco_ray.run import Run, open_run
 from diloco_ray.simulation.in_process import make_island, train_in_process
 from diloco_ray.transport.in_memory import InMemoryTransport
 
