@@ -133,9 +133,8 @@ class Life:
         return self.coordinator.verdict_on(contribution)
 
     def plan_of(self, island: "SmallIsland") -> InnerPlan:
-        """The one plan that the island has."""
-        (plan,) = self.coordinator.state.plans[island.name]
-        return plan
+        """What the island is to contribute to next."""
+        return self.coordinator.state.open_plans(island.name)[0]
 
     def notes(self) -> str:
         return "\n".join(event.get("text", "") for event in self.coordinator.report.own_events)

@@ -64,9 +64,10 @@ def _time_problem(state: RunState, c: Contribution, plan: InnerPlan | None) -> s
     rules, version = state.rules, state.versions[c.fragment]
     if not 0 <= c.base_version <= version:
         return f"based on version {c.base_version}, fragment {c.fragment} is at {version}"
+    if is_too_old(state, c):
+        return f"its base is {version - c.base_version} outer steps old, of {rules.max_staleness}"
     if not rules.in_step:
-        lag = version - c.base_version
-        return "" if lag <= rules.max_staleness else f"its base is {lag} outer steps old, of {rules.max_staleness}"
+        return ""
     if c.round < version or (c.round == version and c.fragment in state.stepping):
         return f"for round {c.round + 1}, fragment {c.fragment} has closed it"
     silent_rounds = plan.round - plan.first_round if plan else 0
@@ -75,6 +76,11 @@ def _time_problem(state: RunState, c: Contribution, plan: InnerPlan | None) -> s
     if c.base_version < c.round - lag:
         return f"based on version {c.base_version}, round {c.round + 1} begins at {c.round - lag}"
     return ""
+
+
+def is_too_old(state: RunState, c: Contribution) -> bool:
+    """Whether the fragment has moved on too far meanwhile: nothing that is sent from this base will do."""
+    return not state.rules.in_step and state.versions[c.fragment] - c.base_version > state.rules.max_staleness
 
 
 def schema_problem(rules: Rules, c: Contribution) -> str:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from diloco_ray.coordination import membership
-from diloco_ray.coordination.admission import judge_header, judge_norm, plan_of, refuse, schema_problem
+from diloco_ray.coordination.admission import is_too_old, judge_header, judge_norm, plan_of, refuse, schema_problem
 from diloco_ray.coordination.membership import STRIKES_TO_QUARANTINE, Member, with_member
 from diloco_ray.coordination.messages import (
     Answer,
@@ -163,7 +163,20 @@ def _submitted(state: RunState, event: Submitted) -> Step:
     commands: list[Command] = [] if verdict.status == "pending" else [Answer(c, verdict)]
     if verdict.status == "rejected":
         commands.append(Note(f"{c.island}: contribution to fragment {c.fragment} rejected: {verdict.reason}"))
+        if _ends_a_lease_in_vain(state, c):
+            state = _revoke(state, c.island, "expired")
     return state, commands
+
+
+def _ends_a_lease_in_vain(state: RunState, c: Contribution) -> bool:
+    """Whether its island, unless it begins afresh, would wait for ever for an outer step that takes this in."""
+    return (
+        c.run_id == state.rules.run_id
+        and c.fragment == state.closing_fragment
+        and membership.is_current(state.members, c.island, c.incarnation)
+        and plan_of(state, c) in state.open_plans(c.island)
+        and is_too_old(state, c)
+    )
 
 
 def _awaited(state: RunState, c: Contribution) -> Step:
