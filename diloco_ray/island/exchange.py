@@ -147,13 +147,13 @@ class Exchange:
         if not self._threads:
             self.listen(0.0)
 
-    def check(self, plan: InnerPlan) -> None:
-        """Raises what ends the work on this plan."""
+    def check(self, plan: InnerPlan | None = None) -> None:
+        """Raises what ends the work on this plan, or all work."""
         if self._error:
             raise self._error
         if self.over:
             raise RunOverError
-        if plan.lease_id in self._void:
+        if plan and plan.lease_id in self._void:
             raise RoundAbandonedError
 
     def void(self, lease_id: str) -> None:
@@ -177,10 +177,10 @@ class Exchange:
         return None
 
     def abandon(self, plan: InnerPlan) -> None:
-        """Nothing more of this plan is to be sent."""
+        """Nothing more of this plan is to be sent; what is being encoded stays until it is."""
         with self._changed:
             self._void.add(plan.lease_id)
-            self._outgoing = [item for item in self._outgoing if item.plan.lease_id not in self._void]
+            self._drop(lambda item: item.plan.lease_id in self._void and item.contribution is not None)
             self.plan = None
 
     # ---- sending ----
@@ -230,6 +230,7 @@ class Exchange:
             item.payload = payload.numpy()
             item.contribution = self._header(item, stats)
             if item.plan.lease_id in self._void:
+                self._drop(lambda other: other is item)
                 return
         self._submit(item)
 
@@ -265,7 +266,7 @@ class Exchange:
     def _refused(self, item: _Outgoing) -> None:
         """It may have been late, or a double; or the whole plan is void, which the next beat would tell as well."""
         with self._changed:
-            self._outgoing = [other for other in self._outgoing if other is not item]
+            self._drop(lambda other: other is item)
         lease_id = item.plan.lease_id
         beat = Beat(self.identity.island, self.incarnation, lease_id, self.progress)
         if not self.over and self.transport.beat(beat) == "abandon":
@@ -320,11 +321,10 @@ class Exchange:
             self._submit(item)
 
     def _forget_what_is_final(self) -> None:
-        self._outgoing = [
-            item
-            for item in self._outgoing
-            if not self._is_final(item.fragment.index, item.plan.round) or item.contribution is None
-        ]
+        self._drop(lambda item: self._is_final(item.fragment.index, item.plan.round) and item.contribution is not None)
+
+    def _drop(self, which: Callable[[_Outgoing], bool]) -> None:
+        self._outgoing = [item for item in self._outgoing if not which(item)]
 
     def _is_final(self, fragment: int, round: int) -> bool:
         if self._in_step:
