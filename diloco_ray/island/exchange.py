@@ -129,13 +129,13 @@ class Exchange:
         if not self._threads:
             self.listen(0.0)
 
-    def check(self, plan: InnerPlan) -> None:
-        """Raises what ends the work on this plan."""
+    def check(self, plan: InnerPlan | None = None) -> None:
+        """Raises what ends the work on this plan, or all work."""
         if self._error:
             raise self._error
         if self.over:
             raise RunOverError
-        if plan.lease_id in self._void:
+        if plan and plan.lease_id in self._void:
             raise RoundAbandonedError
 
     def void(self, lease_id: str) -> None:
@@ -159,10 +159,10 @@ class Exchange:
         return None
 
     def abandon(self, plan: InnerPlan) -> None:
-        """Nothing more of this plan is to be sent."""
+        """Nothing more of this plan is to be sent; what is being encoded stays until it is."""
         with self._changed:
             self._void.add(plan.lease_id)
-            self._outbox.keep(lambda item: item.plan.lease_id not in self._void)
+            self._outbox.drop(lambda item: item.plan.lease_id in self._void and item.contribution is not None)
             self.plan = None
 
     # ---- sending ----
@@ -199,9 +199,10 @@ class Exchange:
         self.on_encoded(item.plan, item.fragment.index)
         with self._news():
             item.contribution, item.payload = contribution, payload.numpy()
-            is_void = item.plan.lease_id in self._void
-        if not is_void:
-            self._submit(item, contribution)
+            if item.plan.lease_id in self._void:
+                self._outbox.drop(lambda other: other is item)
+                return
+        self._submit(item, contribution)
 
     def _encode(self, item: Outgoing) -> tuple[Contribution, Tensor]:
         p = item.fragment.index
@@ -224,7 +225,7 @@ class Exchange:
     def _refused(self, refused: Outgoing) -> None:
         """It may have been late, or a double; or the whole plan is void, which the next beat would tell as well."""
         with self._changed:
-            self._outbox.keep(lambda item: item is not refused)
+            self._outbox.drop(lambda item: item is refused)
         lease_id = refused.plan.lease_id
         beat = Beat(self.identity.island, self.incarnation, lease_id, dict(self.progress))
         if not self.over and self.transport.beat(beat) == "abandon":
@@ -280,8 +281,8 @@ class Exchange:
                 self._submit(item, item.contribution)
 
     def _forget_what_is_final(self) -> None:
-        self._outbox.keep(
-            lambda item: item.contribution is None or not self._is_final(item.fragment.index, item.plan.round)
+        self._outbox.drop(
+            lambda item: item.contribution is not None and self._is_final(item.fragment.index, item.plan.round)
         )
 
     def _is_final(self, fragment: int, round: int) -> bool:

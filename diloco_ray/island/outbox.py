@@ -94,8 +94,8 @@ class Outbox:
                 return torch.from_numpy(item.payload)
         return None
 
-    def keep(self, wanted: Callable[[Outgoing], bool]) -> None:
-        self.items = [item for item in self.items if wanted(item)]
+    def drop(self, which: Callable[[Outgoing], bool]) -> None:
+        self.items = [item for item in self.items if not which(item)]
 
 
 def _copy(fragment: Fragment, tensors: Mapping[str, Tensor], values: Tensor) -> Callable[[], None]:

@@ -100,11 +100,11 @@ class Island:
                 try:
                     yield from self._work(plan)
                 except RoundAbandonedError:
-                    self._abandon(plan)
+                    yield from self._abandon(plan)
         except RunOverError:
             return
 
-    def _wait_until(self, condition: Callable[[], bool], plan: InnerPlan) -> Iterator[Moment]:
+    def _wait_until(self, condition: Callable[[], bool], plan: InnerPlan | None) -> Iterator[Moment]:
         while not condition():
             self.exchange.check(plan)
             yield "wait"
@@ -177,9 +177,11 @@ class Island:
         if self.exchange.residuals and fragment == len(self.job.layout.fragments) - 1:
             self._checkpoints.save_residuals(plan.round + 1, self.exchange.residuals)
 
-    def _abandon(self, plan: InnerPlan) -> None:
+    def _abandon(self, plan: InnerPlan) -> Iterator[Moment]:
         """A round that does not count leaves no trace."""
         self.exchange.abandon(plan)
+        for fragment in self.job.layout.fragments:  # while one is encoded, its residual is written
+            yield from self._wait_until(partial(self.exchange.is_encoded, fragment.index), None)
         self._checkpoints.delete(plan.round + 1)
         self._stands_at = -1
 
