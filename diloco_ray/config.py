@@ -128,8 +128,9 @@ class RunConfig(BaseModel):
         for field, names in (("uplink", CODEC_NAMES), ("downlink", DOWNLINK_CODEC_NAMES)):
             name: str = getattr(self.sync, field)
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-                raise ValueError(f"sync.{field}={name} is no {field} codec; did you mean {near}? {', '.join(names)}")
+                near = difflib.get_close_matches(name, names, n=1)
+                remedy = f"did you mean {near[0]}? There are" if near else "choose one of"
+                raise ValueError(f"sync.{field}={name} is no codec of the {field}; {remedy} {', '.join(names)}")
         if self.sync.weighting != "uniform" and not self.outer.uses_weights:
             pair = f"sync.weighting={self.sync.weighting} with outer.combine={self.outer.combine}"
             raise ValueError(f"{pair}: its values have no weights; choose sync.weighting=uniform or another combine")
@@ -153,6 +154,17 @@ class RunConfig(BaseModel):
             return
         if overlap != steps:
             raise ValueError(f"{given}: an eager update takes a whole round; set sync.overlap={steps}")
+        if self.sync.closes != "all" or self.sync.weighting != "uniform":
+            why = "an island must know its share of the next step beforehand"
+            what = f"sync.eager with sync.closes={self.sync.closes} and sync.weighting={self.sync.weighting}: {why}"
+            raise ValueError(f"{what}; set sync.closes=all and sync.weighting=uniform")
+        for field, value in (("sync.anchor", self.sync.anchor), ("sync.mixing", self.sync.mixing)):
+            if value not in ("base", 0.0):
+                why = "an eager island measures from its own replica, whole"
+                raise ValueError(f"sync.eager with {field}={value}: {why}; leave {field} at its default")
+        if self.experiment.drop_probability:
+            what = f"sync.eager with experiment.drop_probability={self.experiment.drop_probability}"
+            raise ValueError(f"{what}: an own part that is lost cannot be taken back; set it to 0")
         if self.outer.combine != "mean":
             why = "the own part of a step is its share of the mean"
             raise ValueError(f"sync.eager with outer.combine={self.outer.combine}: {why}; set outer.combine=mean")

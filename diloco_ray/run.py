@@ -14,8 +14,6 @@ from typing import Any
 
 from diloco_ray.algorithm.codecs import get_codec
 from diloco_ray.algorithm.fragments import Layout
-from diloco_ray.algorithm.replica import Replica
-from diloco_ray.algorithm.settings import OuterSettings
 from diloco_ray.config import RunConfig, differences
 from diloco_ray.coordination.plans import islands_by_round
 from diloco_ray.coordination.state import Rules
@@ -23,20 +21,15 @@ from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.data.batches import check_fills_a_batch
 from diloco_ray.data.prepare import prepare
 from diloco_ray.data.shards import TokenShards
+from diloco_ray.document import DOCUMENT, FORMAT_VERSION, create, outer_of, write_beginning
 from diloco_ray.errors import DataError, RunMismatchError
-from diloco_ray.ids import island_name, new_run_id
+from diloco_ray.ids import island_name
 from diloco_ray.island.evaluator import EvaluationPlan
 from diloco_ray.island.inner_optimizer import check_available
 from diloco_ray.island.job import IslandJob
-from diloco_ray.log.record import Record, model_digest, seal, unseal
-from diloco_ray.log.run_log import RunLog
+from diloco_ray.log.record import unseal
 from diloco_ray.log.run_store import RunStore
-from diloco_ray.log.snapshot import save_snapshot
-from diloco_ray.model.build import build_model, parameter_shapes, trainable_parameters
-from diloco_ray.plan import check_fragments, layout_of
-
-FORMAT_VERSION = 1
-DOCUMENT = "run.json"
+from diloco_ray.plan import check_fragments
 
 
 @dataclass(frozen=True)
@@ -151,9 +144,9 @@ def open_run(config: RunConfig, *, progress: Callable[[int, int | None], None] |
     if document:
         _check_same_data(store, document, shards)
     else:
-        document = _create(store, config, shards)
+        document = create(store, config, shards)
     run = Run(store, config, document, RunStore(config.prepared_url).url)
-    _write_beginning(run)
+    write_beginning(store, document, config, run.prepared_url)
     return run
 
 
@@ -176,18 +169,6 @@ def _prepared_now(store: RunStore, url: str) -> str:
     beside = f"{store.url.rsplit('/', 1)[0]}/data/{url.rsplit('/', 1)[-1]}"
     was_moved = not RunStore(url).exists("manifest.json") and RunStore(beside).exists("manifest.json")
     return beside if was_moved else url
-
-
-def replica_of(document: Mapping[str, Any]) -> Replica:
-    """An empty replica of the run that this document names."""
-    downlink = get_codec(document["config"]["sync"]["downlink"])
-    return Replica(Layout.from_dict(document["layout"]), outer_of(document).build(), downlink)
-
-
-def outer_of(document: Mapping[str, Any]) -> OuterSettings:
-    """Outer settings in numbers: for the islands that the run was begun with, or a replay would find others."""
-    config = RunConfig.from_dict(document["config"])
-    return config.outer.for_islands(config.max_islands)
 
 
 # ---- refusals ----
@@ -249,65 +230,3 @@ def _check_same_data(store: RunStore, document: Mapping[str, Any], shards: Token
             where=store.url,
             remedy="name the run's own shards in data.prepared, or begin a new run with another `--name`",
         )
-
-
-# ---- the beginning of the log ----
-
-
-def _create(store: RunStore, config: RunConfig, shards: TokenShards) -> Mapping[str, Any]:
-    model = _model(config, shards)
-    layout = layout_of(config, parameter_shapes(model))
-    body = {
-        "format": FORMAT_VERSION,
-        "run_id": new_run_id(),
-        "config": config.model_dump(mode="json"),
-        "identity": config.identity(),
-        "layout": layout.to_dict(),
-        "prepared": RunStore(config.prepared_url).url,
-        "data_digest": shards.manifest.digest,
-        "shard_sizes": shards.split("train").shard_sizes(config.data.sequence_length),
-    }
-    try:
-        store.create(DOCUMENT, seal(body))
-    except FileExistsError as error:
-        raise RunMismatchError(
-            "another process began a run in this folder at this moment",
-            where=store.url,
-            remedy="give the command again",
-        ) from error
-    return body
-
-
-def _model(config: RunConfig, shards: TokenShards) -> Any:
-    manifest = shards.manifest
-    return build_model(
-        config.model, seed=config.seed, vocab_size=manifest.vocab_size, eos_token_id=manifest.eos_token_id
-    )
-
-
-def _write_beginning(run: Run) -> None:
-    """Snapshot 0 and record 0: one initialisation for all replicas. Done again, it writes the same."""
-    if RunLog.open(run.store).records:
-        return
-    replica = replica_of(run.document)
-    replica.load_from_(trainable_parameters(_model(run.config, TokenShards.open(run.prepared_url))))
-    digest = model_digest([replica.digest(fragment.index) for fragment in replica.layout.fragments])
-    record = Record(
-        index=0,
-        parent="",
-        run_id=run.run_id,
-        fence_epoch=0,
-        kind="init",
-        fragment=0,
-        version=0,
-        round=0,
-        codec=run.config.sync.downlink,
-        payload="",
-        payload_sha256="",
-        shares=(),
-        parameters_digest=digest.parameters,
-        optimizer_digest=digest.optimizer,
-        tokens=dict.fromkeys(("leased", "committed", "rejected", "expired", "rewound", "outstanding"), 0),
-    )
-    save_snapshot(run.store, 0, replica, record.digest())
-    RunLog.open(run.store).append(record)

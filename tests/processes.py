@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 
 from diloco_ray.config import RunConfig
+from diloco_ray.document import replica_of
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.verify import verify
-from diloco_ray.run import open_run, replica_of
+from diloco_ray.run import open_run
 from diloco_ray.simulation.in_process import train_in_process
 
 CLI = [sys.executable, "-m", "diloco_ray.cli"]

@@ -62,6 +62,7 @@ def small_job(num_islands: int = 2, num_fragments: int = 1, **rules: Any) -> Coo
         layout=layout,
         outer=OuterSettings(),
         downlink="int8",
+        downlink_error_feedback=False,
         shard_sizes=(100,),
         sequence_length=16,
         expected=tuple(island_name(number) for number in range(num_islands)),
@@ -132,7 +133,8 @@ class Life:
         return self.coordinator.verdict_on(contribution)
 
     def plan_of(self, island: "SmallIsland") -> InnerPlan:
-        return self.coordinator.state.plans[island.name]
+        """What the island is to contribute to next."""
+        return self.coordinator.state.open_plans(island.name)[0]
 
     def notes(self) -> str:
         return "\n".join(event.get("text", "") for event in self.coordinator.report.own_events)
@@ -147,12 +149,12 @@ class SmallIsland:
         self.process = uuid.uuid4().hex
         self.incarnation = 0
 
-    def hello(self, held: InnerPlan | None = None) -> Hello:
+    def hello(self, *held: InnerPlan) -> Hello:
         return Hello(self.name, self.process, 100 + self.number, "here", self.incarnation, held)
 
-    def join(self, doors: Any, held: InnerPlan | None = None) -> str:
+    def join(self, doors: Any, *held: InnerPlan) -> str:
         """What is wrong, "" if the name is this process's now."""
-        welcome = doors.join(self.hello(held))
+        welcome = doors.join(self.hello(*held))
         self.incarnation = welcome.incarnation
         return welcome.problem
 
@@ -171,7 +173,9 @@ class SmallIsland:
             island=self.name,
             incarnation=self.incarnation,
             fragment=fragment,
-            base_version=plan.base_version,
+            round=plan.round,
+            base_version=plan.round,  # where islands go in step
+            inner_steps=plan.inner_steps,
             lease_id=plan.lease_id,
             codec=CODEC.name,
             payload_sha256=sha256_hex(payload.data),

@@ -190,10 +190,11 @@ def test_a_run_whose_folder_is_deleted_under_it_stops_instead_of_training_on(tin
     for island in (*others, last):
         island.start()
     for island in others:
-        island.turn(0.0)
+        assert next(moment for moment in island.live() if moment == "wait")
     shutil.rmtree(run_folder(tiny) / "fences")
     with pytest.raises(StoreError, match="fence"):
-        last.turn(0.0)
+        list(last.live())
+    assert len(digests(run_folder(tiny))) == 1
 
 
 def test_a_fence_is_above_those_of_the_log_even_if_the_fences_were_deleted(tiny: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diloco_ray.algorithm.codecs import BLOCK_VALUES, CHUNK_VALUES, Codec
-from diloco_ray.algorithm.fragments import Fragment, TensorSlot
+from diloco_ray.algorithm.fragments import Fragment, TensorSlot, is_embedding
 
 # (start, out, scratch): the values of the combined vector from `start` on, written to out, (m,) float32; scratch is as
 # long. start and m are as a codec wants them, and m is at most CHUNK_VALUES.
@@ -131,15 +131,10 @@ def radial(contributions: Contributions, fragment: Fragment) -> ChunkWriter:
     return write_
 
 
-def is_embedding(slot: TensorSlot) -> bool:
-    """Two-dimensional, and its name says that it maps tokens to vectors or back: radial takes its plain mean."""
-    return len(slot.shape) == 2 and ("embed" in slot.name or "lm_head" in slot.name)
-
-
 def _radial_factors(contributions: Contributions, slot: TensorSlot, norms: "_Norms") -> tuple[list[float], float]:
     """f and l of one tensor, so that its g = l sum_m f_m v_m."""
     shares = contributions.shares
-    if is_embedding(slot):
+    if is_embedding(slot.name, slot.shape):
         return shares, 1.0
     stop = slot.offset + slot.num_values
     lengths = [norms.of(contributions.one_(position), slot.offset, stop) for position in range(len(contributions))]

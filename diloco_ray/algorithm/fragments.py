@@ -46,6 +46,11 @@ class TensorSlot:
         return tensor.detach()
 
 
+def is_embedding(name: str, shape: tuple[int, ...]) -> bool:
+    """Two-dimensional, and its name says that it maps tokens to vectors or back (wte, wpe: GPT-2's names)."""
+    return len(shape) == 2 and any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
+
+
 @dataclass(frozen=True)
 class Fragment:
     """Some of the model's tensors, laid end to end."""

@@ -49,9 +49,10 @@ def encode_outer_gradient_(
         here = slice(start, min(start + CHUNK_VALUES, num_values))
         delta, decoded = delta[: here.stop - start], decoded[: here.stop - start]
         torch.sub(base[here], island[here], out=delta)
-        squared_norm += _squared_norm(delta)
+        moved = _squared_norm(delta)
         total = delta if residual is None else residual[here].mul_(decay).add_(delta)
-        squared_sum += _squared_norm(total)
+        squared_norm += moved
+        squared_sum += moved if residual is None else _squared_norm(total)
         codec.encode_(total, payload, start, num_values)
         codec.decode_(payload, start, num_values, decoded)
         squared_error += _squared_norm(total.sub_(decoded))

@@ -179,9 +179,9 @@ def _inspected(state: RunState, event: Inspected) -> Step:
         return _strike(state, c, verdict.reason)
     accepted = replace(held, norm=event.norm, accepted_s=event.now_s)
     state = replace(state, inbox={**state.inbox, c.key: accepted})
-    if c.fragment == state.closing_fragment:
-        step_s = c.metrics.get("inner_seconds", 0.0) / held.inner_steps
-        state = replace(state, pace=state.pace.stepped(c.island, step_s))
+    tokens_per_step = state.rules.sequences_per_inner_step * state.ledger.tokens_per_sequence
+    steps = max(1.0, c.metrics.get("tokens", 0.0) / tokens_per_step)
+    state = replace(state, pace=state.pace.stepped(c.island, c.metrics.get("inner_seconds", 0.0) / steps))
     return state, [Answer(c, verdict)]
 
 

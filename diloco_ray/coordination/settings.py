@@ -67,8 +67,6 @@ class SyncSettings(BaseModel):
             raise ValueError(
                 f"heartbeat_timeout_s={self.heartbeat_timeout_s:g} is under two beats; choose at least {least:g}"
             )
-        if self.downlink == "topk":
-            raise ValueError("downlink=topk: a combined outer gradient is dense; choose topk as sync.uplink only")
         if self.closes == "arrival" and self.fragments > 1:
             raise ValueError(
                 f"closes=arrival with fragments={self.fragments}: every arrival steps the whole model; "

@@ -260,9 +260,9 @@ class Coordinator:
             optimizer_digest=digest.optimizer,
             tokens=dict(step.tokens),
         )
+        check_fence(self._store, self.fence_epoch)
         if self._residuals:
             self._residuals.save(step.fragment, record.index, payload_sha256)
-        check_fence(self._store, self.fence_epoch)
         self._log.append(record, payload.data)
         self._computed[record.index] = (record, payload, step.reason)
         if self._job.outer.statistics:

@@ -1,6 +1,6 @@
 """What the downlink's codec has left out of the combined outer gradients so far: error feedback's durable half.
 
-    residuals/002-00000012...      of fragment 2, after record 12
+    residuals/002-00000012-<sha>...      of fragment 2, after record 12, whose payload has this sha256
 
 Replicas need none of it, so it is not in the log. It is written before the record that it belongs to; a coordinator
 that is restarted goes on with the one of each fragment's newest record, bit for bit.
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from diloco_ray.algorithm.fragments import Layout
-from diloco_ray.errors import CorruptionError
 from diloco_ray.log.record import Record
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import load_tensors, save_tensors
@@ -24,16 +23,13 @@ class Residuals:
     """One (num_values,) float32 for each fragment, zero before its first outer step."""
 
     def __init__(self, store: RunStore, layout: Layout, records: Sequence[Record]):
-        """CorruptionError where that of a fragment's newest record is damaged or of another step."""
+        """CorruptionError or StoreError where that of a fragment's newest record is damaged or missing."""
         self._store = store
         self._of = [torch.zeros(fragment.num_values) for fragment in layout.fragments]
         self._saved: dict[int, list[str]] = {}
         for record in {record.fragment: record for record in records}.values():
-            path = _path(record.fragment, record.index)
-            tensors, meta = load_tensors(store, path)
-            if meta.get("payload_sha256") != record.payload_sha256:
-                what = f"it is not of record {record.index}"
-                raise CorruptionError(what, where=store.url_of(path), remedy="restore the file from a copy")
+            path = _path(record.fragment, record.index, record.payload_sha256)
+            tensors, _ = load_tensors(store, path)
             self._of[record.fragment].copy_(tensors["residual"])
             self._saved[record.fragment] = [path]
 
@@ -42,8 +38,8 @@ class Residuals:
 
     def save(self, fragment: int, index: int, payload_sha256: str) -> None:
         """Before record `index` is committed; the one before it stays until the next time."""
-        path = _path(fragment, index)
-        save_tensors(self._store, path, {"residual": self._of[fragment]}, {"payload_sha256": payload_sha256})
+        path = _path(fragment, index, payload_sha256)
+        save_tensors(self._store, path, {"residual": self._of[fragment]}, {})
         saved = [*self._saved.get(fragment, []), path]
         for old in saved[:-2]:
             self._delete(old)
@@ -56,5 +52,5 @@ class Residuals:
                 self._store.delete(f"{FOLDER}/{name}")
 
 
-def _path(fragment: int, index: int) -> str:
-    return f"{FOLDER}/{fragment:03d}-{index:08d}"
+def _path(fragment: int, index: int, payload_sha256: str) -> str:
+    return f"{FOLDER}/{fragment:03d}-{index:08d}-{payload_sha256[:12]}"

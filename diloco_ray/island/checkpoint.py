@@ -17,6 +17,7 @@ from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import load_tensors, save_tensors
 
 KEPT = 2
+RESIDUALS = "residuals-"
 
 
 @dataclass
@@ -52,22 +53,28 @@ class IslandCheckpoints:
         """Of error feedback, one per fragment: known only once the round's last contribution is encoded."""
         tensors = {str(p): residual for p, residual in enumerate(residuals)}
         save_tensors(self.store, _residuals_path(round), tensors, {"run_id": self.run_id})
-        self._delete(_residuals_path(round - KEPT))
+        for old in [r for r in self._rounds(RESIDUALS) if r <= round][:-KEPT]:
+            self._delete(_residuals_path(old))
 
     def load_residuals_(self, round: int, residuals: Sequence[Tensor]) -> None:
-        """Zeros where there are none: nothing was kept back."""
+        """The newest at or before `round`: what a round that does not count took out is put back. Else zeros."""
         tensors: Mapping[str, Tensor] = {}
-        with contextlib.suppress(CorruptionError, StoreError):
-            found, meta = load_tensors(self.store, _residuals_path(round))
-            tensors = found if meta["run_id"] == self.run_id else {}
+        for candidate in reversed([r for r in self._rounds(RESIDUALS) if r <= round] if residuals else []):
+            with contextlib.suppress(CorruptionError, StoreError):
+                found, meta = load_tensors(self.store, _residuals_path(candidate))
+                tensors = found if meta["run_id"] == self.run_id else {}
+            if tensors:
+                break
         for p, residual in enumerate(residuals):
             residual.copy_(tensors[str(p)]) if str(p) in tensors else residual.zero_()
 
     def rounds(self) -> list[int]:
-        names = self.store.list("")
-        return sorted(
-            int(name.removesuffix(".json")) for name in names if name.endswith(".json") and name[:-5].isdigit()
-        )
+        return self._rounds("")
+
+    def _rounds(self, prefix: str) -> list[int]:
+        names = [name for name in self.store.list("") if name.startswith(prefix) and name.endswith(".json")]
+        numbers = [name.removeprefix(prefix).removesuffix(".json") for name in names]
+        return sorted(int(number) for number in numbers if number.isdigit())
 
     def delete(self, round: int) -> None:
         self._delete(_path(round))
@@ -86,4 +93,4 @@ def _path(round: int) -> str:
 
 
 def _residuals_path(round: int) -> str:
-    return f"residuals-{round:08d}"
+    return f"{RESIDUALS}{round:08d}"

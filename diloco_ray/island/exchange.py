@@ -8,42 +8,23 @@ so that communication hides behind inner steps. Where there are no threads (`sta
 at once and `poll` listens: the same exchange in one process, one island after the other.
 """
 
-import contextlib
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diloco_ray.algorithm.codecs import get_codec
 from diloco_ray.algorithm.fragments import Fragment
-from diloco_ray.algorithm.outer_gradient import OuterGradientStats, encode_outer_gradient_
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination.messages import Contribution, InnerPlan
 from diloco_ray.errors import ClusterError, FencedError
-from diloco_ray.ids import sha256_hex
 from diloco_ray.island.job import Identity, IslandJob, RoundAbandonedError, RunOverError
+from diloco_ray.island.outbox import Outbox, Outgoing
 from diloco_ray.transport.follower import Follower
 from diloco_ray.transport.protocol import Beat, Hello, Transport
-
-
-@dataclass
-class _Outgoing:
-    """One contribution, ours until its fate is known (I3); header and payload are there once it is encoded."""
-
-    plan: InnerPlan
-    fragment: Fragment
-    base_version: int
-    inner_steps: int
-    values: Tensor
-    ready: Callable[[], None]  # waits until `values` have come from the accelerator
-    metrics: Mapping[str, float]
-    contribution: Contribution | None = None
-    payload: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
 
 
 class Exchange:
@@ -57,27 +38,28 @@ class Exchange:
         self.over = self.is_waiting = False
         self.on_encoded: Callable[[InnerPlan, int], None] = lambda plan, fragment: None  # called before it is submitted
         self._in_step = job.sync.closes == "all"
-        self._uplink = get_codec(job.sync.uplink)
         self._follower = Follower(Replica(job.layout, job.outer.build(), get_codec(job.sync.downlink)), transport)
         sizes = [fragment.num_values for fragment in job.layout.fragments]
         self.base = [torch.empty(size) for size in sizes]  # what outer gradients are measured from
         self.base_versions = [0 for _ in sizes]
-        feedback = job.sync.error_feedback is not None
-        self.residuals = [torch.zeros(size) for size in sizes] if feedback else []
-        self._values = [torch.empty(size, pin_memory=torch.cuda.is_available()) for size in sizes]
         self._targets: list[int | None] = [None for _ in sizes]  # versions to replay to; None: the newest
         self._own_rounds = [-1 for _ in sizes]  # of this island, committed
         self._plans: deque[InnerPlan] = deque()  # received, not begun
         self._newest_lease = ""
-        self._outgoing: list[_Outgoing] = []
+        self._outbox = Outbox(job)
         self._void: set[str] = set()  # leases
         self._said_hello = False
         self._error: Exception | None = None
         self._hello = threading.Lock()
         self._changed = threading.Condition(threading.RLock())
         self.num_heard = self._num_seen = 0  # changes, and those that were waited for
-        self._posted: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
+        self._posted: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+
+    @property
+    def residuals(self) -> list[Tensor]:
+        """What the uplink's codec has left out, (num_values,) float32 per fragment; none without error feedback."""
+        return self._outbox.residuals
 
     # ---- its life ----
 
@@ -92,7 +74,7 @@ class Exchange:
 
     def _held(self) -> tuple[InnerPlan, ...]:
         with self._changed:
-            plans = [item.plan for item in self._outgoing] + [self.plan, *self._plans]
+            plans = [*self._outbox.plans, self.plan, *self._plans]
             by_lease = {plan.lease_id: plan for plan in plans if plan and plan.lease_id not in self._void}
         return tuple(sorted(by_lease.values(), key=lambda plan: plan.round))
 
@@ -147,13 +129,13 @@ class Exchange:
         if not self._threads:
             self.listen(0.0)
 
-    def check(self, plan: InnerPlan) -> None:
-        """Raises what ends the work on this plan."""
+    def check(self, plan: InnerPlan | None = None) -> None:
+        """Raises what ends the work on this plan, or all work."""
         if self._error:
             raise self._error
         if self.over:
             raise RunOverError
-        if plan.lease_id in self._void:
+        if plan and plan.lease_id in self._void:
             raise RoundAbandonedError
 
     def void(self, lease_id: str) -> None:
@@ -177,10 +159,10 @@ class Exchange:
         return None
 
     def abandon(self, plan: InnerPlan) -> None:
-        """Nothing more of this plan is to be sent."""
+        """Nothing more of this plan is to be sent; what is being encoded stays until it is."""
         with self._changed:
             self._void.add(plan.lease_id)
-            self._outgoing = [item for item in self._outgoing if item.plan.lease_id not in self._void]
+            self._outbox.drop(lambda item: item.plan.lease_id in self._void and item.contribution is not None)
             self.plan = None
 
     # ---- sending ----
@@ -194,11 +176,9 @@ class Exchange:
         metrics: Mapping[str, float],
     ) -> None:
         """Sends Q(base - island) of one fragment. inner_steps: since the fragment was last merged."""
-        values, p = self._values[fragment.index], fragment.index
-        ready = _copy(fragment, tensors, values)
-        item = _Outgoing(plan, fragment, self.base_versions[p], inner_steps, values, ready, metrics)
         with self._changed:
-            self._outgoing.append(item)
+            base_version = self.base_versions[fragment.index]
+            item = self._outbox.add(plan, fragment, base_version, tensors, inner_steps, metrics)
         if self._threads:
             self._posted.put(item)
         else:
@@ -207,52 +187,32 @@ class Exchange:
     def payload_of(self, plan: InnerPlan, fragment: int) -> Tensor | None:
         """The encoded contribution; None while it is being encoded, or if there is none."""
         with self._changed:
-            found = [i for i in self._outgoing if i.plan.lease_id == plan.lease_id and i.fragment.index == fragment]
-        return torch.from_numpy(found[0].payload) if found and found[0].contribution else None
+            return self._outbox.payload_of(plan, fragment)
 
     def is_encoded(self, fragment: int) -> bool:
-        """Whether `fetch` may overwrite the fragment's base."""
+        """Whether `fetch` may overwrite the fragment's base, and `post` its values."""
         with self._changed:
-            return all(item.contribution for item in self._outgoing if item.fragment.index == fragment)
+            return self._outbox.is_encoded(fragment)
 
-    def _deliver(self, item: _Outgoing) -> None:
-        item.ready()
-        base, p = self.base[item.fragment.index], item.fragment.index
-        payload = torch.empty(self._uplink.num_bytes(item.values.numel()), dtype=torch.uint8)
-        feedback = {"residual": self.residuals[p], "decay": self.job.sync.error_feedback} if self.residuals else {}
-        replica = self._follower.replica
-        with self._changed if self.job.sync.anchor == "present" else contextlib.nullcontext():
-            if self.job.sync.anchor == "present":
-                base, item.base_version = replica.parameters(p), replica.versions[p]
-            stats = encode_outer_gradient_(base, item.values, self._uplink, payload, **feedback)
-        self.on_encoded(item.plan, p)
+    def _deliver(self, item: Outgoing) -> None:
+        contribution, payload = self._encode(item)
+        self.on_encoded(item.plan, item.fragment.index)
         with self._news():
-            item.payload = payload.numpy()
-            item.contribution = self._header(item, stats)
+            item.contribution, item.payload = contribution, payload.numpy()
             if item.plan.lease_id in self._void:
+                self._outbox.drop(lambda other: other is item)
                 return
-        self._submit(item)
+        self._submit(item, contribution)
 
-    def _header(self, item: _Outgoing, stats: OuterGradientStats) -> Contribution:
-        return Contribution(
-            run_id=self.job.run_id,
-            island=item.plan.island,
-            incarnation=self.incarnation,
-            fragment=item.fragment.index,
-            round=item.plan.round,
-            base_version=item.base_version,
-            inner_steps=item.inner_steps,
-            lease_id=item.plan.lease_id,
-            codec=self._uplink.name,
-            payload_sha256=sha256_hex(item.payload.data),
-            payload_bytes=item.payload.size,
-            metrics={**item.metrics, "norm": stats.norm, "relative_error": stats.relative_error},
-        )
+    def _encode(self, item: Outgoing) -> tuple[Contribution, Tensor]:
+        p = item.fragment.index
+        if self.job.sync.anchor == "base" and not item.plan.silent_steps:
+            return self._outbox.encode(item, self.base[p], item.base_version, self.incarnation)
+        with self._changed:  # the replica stands still
+            replica = self._follower.replica
+            return self._outbox.encode(item, replica.parameters(p), replica.versions[p], self.incarnation)
 
-    def _submit(self, item: _Outgoing) -> None:
-        contribution = item.contribution
-        if contribution is None:
-            return
+    def _submit(self, item: Outgoing, contribution: Contribution) -> None:
         for _ in range(10):
             verdict = self.transport.submit(contribution, item.payload)
             if verdict.status == "rejected":
@@ -262,12 +222,12 @@ class Exchange:
             self.say_hello()  # a restarted coordinator knows us again and awaits this very contribution
         raise ClusterError("the coordinator forgot this island ten times in a row", where=contribution.island)
 
-    def _refused(self, item: _Outgoing) -> None:
+    def _refused(self, refused: Outgoing) -> None:
         """It may have been late, or a double; or the whole plan is void, which the next beat would tell as well."""
         with self._changed:
-            self._outgoing = [other for other in self._outgoing if other is not item]
-        lease_id = item.plan.lease_id
-        beat = Beat(self.identity.island, self.incarnation, lease_id, self.progress)
+            self._outbox.drop(lambda item: item is refused)
+        lease_id = refused.plan.lease_id
+        beat = Beat(self.identity.island, self.incarnation, lease_id, dict(self.progress))
         if not self.over and self.transport.beat(beat) == "abandon":
             self.void(lease_id)
 
@@ -305,7 +265,7 @@ class Exchange:
 
     def _receive(self, plan: InnerPlan) -> None:
         """A plan for a round that was planned already replaces what was planned."""
-        known = [item.plan for item in self._outgoing] + [self.plan, *self._plans]
+        known = [*self._outbox.plans, self.plan, *self._plans]
         self._void |= {old.lease_id for old in known if old and old.round >= plan.round} - {plan.lease_id}
         self._newest_lease = plan.lease_id
         if plan.lease_id not in {old.lease_id for old in known if old}:
@@ -315,16 +275,15 @@ class Exchange:
         """A restarted coordinator has lost what its predecessor had accepted and not committed."""
         self._said_hello = False
         with self._changed:
-            items = [item for item in self._outgoing if item.contribution]
+            items = list(self._outbox.items)
         for item in items:
-            self._submit(item)
+            if item.contribution:
+                self._submit(item, item.contribution)
 
     def _forget_what_is_final(self) -> None:
-        self._outgoing = [
-            item
-            for item in self._outgoing
-            if not self._is_final(item.fragment.index, item.plan.round) or item.contribution is None
-        ]
+        self._outbox.drop(
+            lambda item: item.contribution is not None and self._is_final(item.fragment.index, item.plan.round)
+        )
 
     def _is_final(self, fragment: int, round: int) -> bool:
         if self._in_step:
@@ -348,6 +307,11 @@ class Exchange:
             self._targets[fragment] = round + 1 if self._in_step and round is not None else None
             self._follower.replay(fragment, self._targets[fragment])
 
+    def stands_at(self, fragment: int, version: int) -> bool:
+        """Whether the replica has replayed the fragment up to this version."""
+        with self._changed:
+            return self._follower.replica.versions[fragment] >= version
+
     def is_settled(self, fragment: int, round: int) -> bool:
         """Whether the outer step that this round's contribution went into, or came too late for, is at hand."""
         with self._changed:
@@ -366,16 +330,6 @@ class Exchange:
             self.base[fragment].copy_(self._follower.replica.parameters(fragment))
             self.base_versions[fragment] = self._follower.replica.versions[fragment]
         return self.base[fragment]
-
-
-def _copy(fragment: Fragment, tensors: Mapping[str, Tensor], values: Tensor) -> Callable[[], None]:
-    """Begins the copy, which from an accelerator goes on beside the next inner step; returns what waits for its end."""
-    fragment.gather_(tensors, values, non_blocking=values.is_pinned())
-    if not values.is_pinned():
-        return lambda: None
-    copied = torch.cuda.Event()
-    copied.record()
-    return copied.synchronize
 
 
 class _News:

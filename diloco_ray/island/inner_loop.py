@@ -17,8 +17,6 @@ class InnerResult:
 
     loss: float
     gradient_norm: float
-    num_steps: int
-    num_tokens: int
 
 
 class InnerLoop:
@@ -45,7 +43,7 @@ class InnerLoop:
         # Sums stay on the device: reading them each step would make the host wait for every step.
         self._loss_sum = torch.zeros((), device=self._device)
         self._norm_sum = torch.zeros((), device=self._device)
-        self._num_steps = self._num_tokens = 0
+        self.num_steps = self.num_tokens = 0
 
     def __iter__(self) -> "InnerLoop":
         return self
@@ -54,7 +52,7 @@ class InnerLoop:
         inputs_BT = next(self._batches)
         self._model.train()
         for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate(self._num_steps)
+            group["lr"] = self._learning_rate(self.num_steps)
         accumulate = self._settings.accumulate
         for part in inputs_BT.to(self._device, non_blocking=True).chunk(accumulate):
             with _precision(self._settings, self._device):
@@ -65,15 +63,14 @@ class InnerLoop:
         self._norm_sum += nn.utils.clip_grad_norm_(self._parameters, limit)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._num_steps += 1
-        self._num_tokens += inputs_BT.numel()
-        return self._num_steps
+        self.num_steps += 1
+        self.num_tokens += inputs_BT.numel()
+        return self.num_steps
 
     def result(self) -> InnerResult:
-        steps = max(1, self._num_steps)
-        return InnerResult(
-            self._loss_sum.item() / steps, self._norm_sum.item() / steps, self._num_steps, self._num_tokens
-        )
+        """Waits for the accelerator."""
+        steps = max(1, self.num_steps)
+        return InnerResult(self._loss_sum.item() / steps, self._norm_sum.item() / steps)
 
 
 def _precision(settings: InnerSettings, device: torch.device) -> contextlib.AbstractContextManager[object]:

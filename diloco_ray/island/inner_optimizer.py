@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diloco_ray.algorithm.fragments import is_embedding
 from diloco_ray.errors import ConfigError
 from diloco_ray.island.settings import InnerSettings
-
-_NOT_HIDDEN = ("embed", "wte", "wpe", "lm_head")  # in a tensor's name: embeddings and the head
 
 
 class MuonAndAdamW:
@@ -64,7 +63,7 @@ def build_inner_optimizer(settings: InnerSettings, parameters: Mapping[str, Tens
 
 def is_hidden_matrix(name: str, tensor: Tensor) -> bool:
     """Whether Muon is for it: two dimensions, and neither an embedding nor the head by its name."""
-    return tensor.ndim == 2 and not any(part in name for part in _NOT_HIDDEN)
+    return tensor.ndim == 2 and not is_embedding(name, tuple(tensor.shape))
 
 
 def check_available(settings: InnerSettings) -> None:

@@ -81,7 +81,7 @@ class Island:
         # Where nobody is waited for, a fragment is merged when its outer step arrives.
         self._waits = job.sync.closes != "quorum" or job.sync.overlap == 0
         self._corrections: list[EagerCorrection] = []
-        self._inner_s = self._told_s = 0.0
+        self._inner_s = self._saving_s = self._told_s = 0.0
 
     def start(self) -> None:
         self.exchange.start()
@@ -100,11 +100,11 @@ class Island:
                 try:
                     yield from self._work(plan)
                 except RoundAbandonedError:
-                    self._abandon(plan)
+                    yield from self._abandon(plan)
         except RunOverError:
             return
 
-    def _wait_until(self, condition: Callable[[], bool], plan: InnerPlan) -> Iterator[Moment]:
+    def _wait_until(self, condition: Callable[[], bool], plan: InnerPlan | None) -> Iterator[Moment]:
         while not condition():
             self.exchange.check(plan)
             yield "wait"
@@ -169,15 +169,19 @@ class Island:
             self._own_steps += num_steps
         self._stands_at = plan.round + 1
         if self._stands_at % self.job.inner.checkpoint_every_rounds == 0:
+            began_s = self._now_s()
             self._checkpoints.save(self._stands_at, self._optimizer, self._own_steps)
+            self._saving_s += self._now_s() - began_s
 
     def _save_residuals(self, plan: InnerPlan, fragment: int) -> None:
         if self.exchange.residuals and fragment == len(self.job.layout.fragments) - 1:
             self._checkpoints.save_residuals(plan.round + 1, self.exchange.residuals)
 
-    def _abandon(self, plan: InnerPlan) -> None:
+    def _abandon(self, plan: InnerPlan) -> Iterator[Moment]:
         """A round that does not count leaves no trace."""
         self.exchange.abandon(plan)
+        for fragment in self.job.layout.fragments:  # while one is encoded, its residual is written
+            yield from self._wait_until(partial(self.exchange.is_encoded, fragment.index), None)
         self._checkpoints.delete(plan.round + 1)
         self._stands_at = -1
 
@@ -187,9 +191,12 @@ class Island:
         """A fragment whose round was closed meanwhile, without this island, is only merged."""
         p, exchange = fragment.index, self.exchange
         yield from self._wait_until(partial(exchange.is_encoded, p), plan)
+        if plan.silent_steps:  # measured from what the others agreed on meanwhile (DiLoCo, Algorithm 1, line 11)
+            exchange.aim(p, plan.round - 1)
+            yield from self._wait_until(partial(exchange.stands_at, p, plan.round), plan)
         if not exchange.has_closed(p, plan.round):
             steps = self._num_steps - self._merged_at[p]
-            exchange.post(plan, fragment, self._tensors, steps, self._metrics(loop))
+            exchange.post(plan, fragment, self._tensors, steps, self._metrics(fragment, loop))
             if self._corrections:
                 yield from self._wait_until(partial(exchange.is_encoded, p), plan)
                 payload = exchange.payload_of(plan, p)
@@ -223,20 +230,18 @@ class Island:
         merge_(self.job.layout.fragments[p], base, self._tensors, self.job.sync.mixing)
         self._merged_at[p] = self._num_steps
 
-    def _metrics(self, loop: InnerLoop) -> dict[str, float]:
-        """Of the plan so far; the seconds are those since the last fragment that closed a lease was sent."""
-        result, now_s = loop.result(), self._now_s()
-        inner_s, all_s = self._inner_s, now_s - self._told_s
-        if self.exchange.progress["step"] == self.exchange.progress["steps"]:
-            self._inner_s, self._told_s = 0.0, now_s
-            self.exchange.progress |= {"loss": result.loss, "tokens_per_s": result.num_tokens / max(inner_s, 1e-9)}
-        return {
-            "loss": result.loss,
-            "gradient_norm": result.gradient_norm,
-            "inner_seconds": inner_s,
-            "sync_wait_seconds": max(0.0, all_s - inner_s),
-            "tokens": float(result.num_tokens),
-        }
+    def _metrics(self, fragment: Fragment, loop: InnerLoop) -> dict[str, float]:
+        """Seconds are those since a lease was last closed; what only the accelerator knows is asked for once a plan."""
+        now_s, tokens = self._now_s(), float(loop.num_tokens)
+        sync_s = max(0.0, now_s - self._told_s - self._inner_s - self._saving_s)
+        metrics = {"inner_seconds": self._inner_s, "sync_wait_seconds": sync_s, "tokens": tokens}
+        if fragment.index != len(self.job.layout.fragments) - 1:
+            return metrics
+        result = loop.result()
+        speed = tokens / max(self._inner_s, 1e-9)
+        self.exchange.progress = {**self.exchange.progress, "loss": result.loss, "tokens_per_s": speed}
+        self._inner_s, self._saving_s, self._told_s = 0.0, 0.0, now_s
+        return {**metrics, "loss": result.loss, "gradient_norm": result.gradient_norm}
 
     # ---- the inner optimizer ----
 

@@ -56,7 +56,7 @@ def unseal_as(kind: TypeAdapter[T], data: bytes, where: str) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One commit. `version` is the fragment's after it; `round` is that of the shares, from 0.
+    """One commit. `version` is the fragment's after it; `round`: how many rounds are whole with it.
 
     payload: the store path of the combined outer gradient, encoded with `codec`. shares: in island order. The digests
     are of the fragment's state after the step. tokens: leased, committed, rejected, expired, rewound, outstanding, all

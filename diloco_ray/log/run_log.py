@@ -221,11 +221,15 @@ def read_ahead(store: RunStore, paths: Iterable[str], num_ahead: int) -> Iterato
         except StoreError as error:
             return error
 
-    with ThreadPoolExecutor(num_ahead) as pool:
-        coming: deque[Future[bytes | StoreError]] = deque()
+    pool = ThreadPoolExecutor(num_ahead)
+    coming: deque[Future[bytes | StoreError]] = deque()
+    try:
         for path in paths:
             coming.append(pool.submit(read, path))
             if len(coming) > num_ahead:
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()
+    finally:
+        # Without a wait: the garbage collector may be what ends this, in a thread that holds a lock of `threading`.
+        pool.shutdown(wait=False, cancel_futures=True)

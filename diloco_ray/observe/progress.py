@@ -28,7 +28,7 @@ def line_of(event: Mapping[str, Any], num_rounds: int) -> str:
             return (
                 f"round {event['round']}/{num_rounds}"
                 f" | alive {event['alive']} contributed {event['contributed']} applied {event['applied']}"
-                f" | loss {_number(event['loss'])} | {event['tokens_per_s']:,.0f} tokens/s | sync wait {wait:.0%}"
+                f" | loss {_number(event['loss'])} | {event['tokens_per_s']:,.0f} tokens/s | sync wait {wait:.1%}"
                 f" | up {human_bytes(event['bytes_up'])} down {human_bytes(event['bytes_down'])}"
             )
         case "evaluation":

@@ -64,8 +64,12 @@ def train_in_process(run: Run) -> Coordinator:
                 _move(life, clock)
         elif stepping:
             life = min(stepping, key=lambda life: life.next_s)
-            clock.now_s = max(clock.now_s, life.next_s)
-            _move(life, clock)
+            look_s = next_look_s(coordinator.state)
+            if look_s is not None and clock.now_s < look_s < life.next_s:
+                _look_again(coordinator, lives, clock)
+            else:
+                clock.now_s = max(clock.now_s, life.next_s)
+                _move(life, clock)
         elif not sum([_move(life, clock) for life in waiting]):
             _look_again(coordinator, lives, clock)
         evaluator.turn(0.0)
@@ -75,14 +79,16 @@ def train_in_process(run: Run) -> Coordinator:
 
 
 def _look_again(coordinator: Coordinator, lives: list[_Life], clock: Clock) -> None:
-    """Every island waits: time goes on to when the coordinator may do something without them."""
+    """Time goes on to when the coordinator may do something though no island says anything."""
     look_s = next_look_s(coordinator.state)
     if look_s is None:
         raise ClusterError(f"every island waits: {coordinator.state.reason or coordinator.state.phase}")
     clock.now_s = max(clock.now_s, look_s)
     for life in lives:
         exchange = life.island.exchange
-        coordinator.beat(Beat(exchange.identity.island, exchange.incarnation))
+        lease_id = exchange.plan.lease_id if exchange.plan else ""
+        if coordinator.beat(Beat(exchange.identity.island, exchange.incarnation, lease_id)) == "abandon":
+            exchange.void(lease_id)
     coordinator.tick()
 
 

@@ -97,10 +97,19 @@ def test_idempotence_over_many_scales(name: str):
     assert torch.equal(encode(name, decode(name, payload, x.numel())), payload)
 
 
-@pytest.mark.parametrize("name", LEVELS)
-def test_codes_times_a_power_of_two_are_exact(name: str):
-    x = torch.from_numpy(np.resize(LEVELS[name], 4 * BLOCK_VALUES)).float() * 2.0**-9
-    assert torch.equal(decode(name, encode(name, x), x.numel()), x)
+@pytest.mark.parametrize("power", [-100, -9, 0, 13])
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_values_that_a_codec_can_write_come_back_exactly(name: str, power: int):
+    """Levels times a power of two; of topk eight in a block; and what has as many bits as the float format."""
+    x = np.zeros((4, BLOCK_VALUES), np.float32)
+    if name == "topk":
+        x[:, 5::32] = [127, -127, 1, -1, 64, -3, 100, 77]
+    else:
+        x.flat = np.resize(LEVELS.get(name, np.arange(-127.0, 128.0)), x.size)
+    if name == "float16":
+        power = min(max(power, -24), 9)  # its range
+    values = torch.from_numpy(x).view(-1) * 2.0**power
+    assert torch.equal(decode(name, encode(name, values), values.numel()), values)
 
 
 @pytest.mark.parametrize("name", CODEC_NAMES)

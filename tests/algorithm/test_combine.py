@@ -1,6 +1,7 @@
 """Combines: each one's equation in NumPy float64, and what does not change the result."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 
 from diloco_ray.algorithm import combine as combine_module
 from diloco_ray.algorithm.codecs import CODEC_NAMES, Codec, get_codec
-from diloco_ray.algorithm.combine import COMBINES, Contributions, is_embedding
-from diloco_ray.algorithm.fragments import TensorSlot, partition
+from diloco_ray.algorithm.combine import COMBINES, Contributions
+from diloco_ray.algorithm.fragments import is_embedding, partition
 from diloco_ray.algorithm.settings import OuterSettings
 
 # Tensors that begin and end inside blocks of 256 values; one that is smaller than a block; an embedding and a head.
@@ -110,6 +111,17 @@ def test_it_is_its_equation(name: str, weights: list[float], codec: str, seed: i
     if name == "radial":
         slack *= 100  # directions of a small tensor that nearly cancel
     np.testing.assert_allclose(combined(name, vectors, weights, codec).numpy(), expected, rtol=0, atol=slack)
+
+
+@pytest.mark.parametrize(("name", "by_hand"), [("mean", mean_by_hand), ("radial", radial_by_hand)])
+def test_decoupled_diloco_weights_by_tokens_times_tokens_a_step(name: str, by_hand: Any):
+    """w = tokens (tokens / steps), arXiv 2604.21428: an island of larger batches counts for more than its tokens."""
+    tokens, steps = np.array([4096.0, 8192.0, 8192.0, 100.0]), np.array([24.0, 24.0, 48.0, 1.0])
+    vectors = [gaussian(m) for m in range(4)]
+    found = combined(name, vectors, [float(w) for w in tokens * tokens / steps])
+    expected = by_hand(decoded(vectors, "float32"), tokens * (tokens / steps))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5)
+    assert not np.allclose(found.numpy(), by_hand(decoded(vectors, "float32"), tokens), atol=1e-2)
 
 
 # ---- what does not count ----
@@ -220,7 +232,7 @@ def test_radial_keeps_the_mean_length_of_each_tensor_but_of_embeddings():
     expected = radial_by_hand(decoded(vectors, "float32"), np.array(weights))
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=4e-6)
     for slot in FRAGMENT.slots:
-        if is_embedding(slot):
+        if is_embedding(slot.name, slot.shape):
             assert torch.equal(slot.of(found), slot.of(mean))
         else:
             mean_length = sum(float(slot.of(vector).norm()) for vector in vectors) / 8
@@ -256,7 +268,7 @@ def test_radial_has_no_direction_where_there_is_none(vectors: list[torch.Tensor]
     ],
 )
 def test_embeddings_are_two_dimensional_and_named_so(name: str, shape: tuple[int, ...], expected: bool):
-    assert is_embedding(TensorSlot(name, shape, 0, math.prod(shape))) is expected
+    assert is_embedding(name, shape) is expected
 
 
 def test_one_wild_island_moves_the_robust_combines_no_further_than_an_honest_one_could():

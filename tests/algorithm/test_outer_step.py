@@ -1,11 +1,13 @@
 """The mathematics around a replica: the outer gradient, the outer optimizers and their settings."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from diloco_ray.algorithm import outer_gradient
@@ -116,6 +118,35 @@ class TestOuterOptimizer:
     def test_it_follows_torch_optim(self, ours: OuterOptimizer, kind: type, options: dict[str, float]):
         expected = run_torch(kind, THETA, GRADIENTS, **options)
         torch.testing.assert_close(run(ours, THETA, GRADIENTS, 1000).double(), expected, rtol=0, atol=2e-5)
+
+    @settings(deadline=None, max_examples=25)
+    @given(eta=st.floats(0.01, 1), mu=st.floats(0, 0.95), num=st.integers(1, 5), seed=st.integers(0, 10**6))
+    @pytest.mark.parametrize("name", get_args(OuterSettings.model_fields["optimizer"].annotation))
+    def test_it_is_its_equation(self, name: Any, eta: float, mu: float, num: int, seed: int):
+        """Each one written out once more, in NumPy with float64."""
+        outer = OuterSettings(optimizer=name, learning_rate=eta, momentum=mu, arrivals=num).build()
+        gradients = [gaussian(300, seed + step, 0.1) for step in range(12)]
+        theta = np.zeros(300)
+        b, v, acc = np.zeros((3, 300))
+        for t, g in enumerate((g.double().numpy() for g in gradients), start=1):
+            if name == "sgd":
+                theta = theta - eta * g
+            elif name == "heavy_ball":
+                b = mu * b + g
+                theta = theta - eta * b
+            elif name == "nesterov":
+                b = mu * b + g
+                theta = theta - eta * (g + mu * b)
+            elif name == "adam":
+                b, v = mu * b + (1 - mu) * g, 0.95 * v + 0.05 * g**2
+                theta = theta - eta * (b / (1 - mu**t)) / (np.sqrt(v / (1 - 0.95**t)) + 0.1)
+            elif t % num:
+                acc, theta = acc + g, theta - eta * g / num
+            else:
+                b, acc = mu * b + (acc + g) / num, np.zeros(300)
+                theta = theta - eta * (mu * b + g / num)
+        found = run(outer, torch.zeros(300), gradients, 128)
+        np.testing.assert_allclose(found.double().numpy(), theta, rtol=0, atol=2e-5)
 
     def test_nesterov_by_hand(self):
         g, theta = 1.0, torch.zeros(1)

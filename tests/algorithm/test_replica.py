@@ -114,6 +114,7 @@ def test_the_number_of_threads_changes_no_bit(optimizer: OuterOptimizer, codec: 
         ("int8", DelayedNesterov(0.7, 0.9, 3), "cf7c988c4224e0a49bd93e53fdcd51e7", "aa364688a2c7d3b10472e2509d452abe"),
         ("int4", Adam(0.1), "7e779d62d6d67cfa4e462b1afe1ad525", "d4d4a4ed8ae4f660ff4556a2196e9117"),
         ("e3m0", Nesterov(0.7, 0.9), "644b062ab458df9b90477b58938d70cc", "50d94baea57d75276a10e176deacb0b5"),
+        ("topk", Nesterov(0.7, 0.9), "f29f9aea6e4f8cc9896ddd4b9b0e675e", "adb2a6d89747584fa61fc0576383a059"),
         ("ternary", Nesterov(0.7, 0.9), "f7329e4b841dad18a225008b885c1fa0", "322411eb3ea9dbeea583e8e1b8796941"),
     ],
 )

@@ -146,7 +146,7 @@ def test_a_crash_before_any_job_ends_with_the_bits_of_an_uninterrupted_run(
     left = num_jobs
     while left and first.coordinator.state.round < 2:
         for island in islands:
-            if island.name in first.coordinator.state.plans:
+            if first.coordinator.state.plans.get(island.name):
                 first.coordinator.submit(*island.contribution(first.plan_of(island)))
         while first.jobs and left:
             first.coordinator.receive(first.run_job())
@@ -166,7 +166,7 @@ def test_the_work_in_hand_is_taken_up_again_when_only_the_coordinator_was_restar
     second = Life(store, JOB)
     for island in islands:
         assert island.join(second.coordinator, held[island.name]) == ""
-    assert second.coordinator.state.plans == held
+    assert second.coordinator.state.plans == {name: (plan,) for name, plan in held.items()}
     one_round(second, islands)
     tokens = records(store)[1].tokens
     assert (tokens["leased"], tokens["committed"], tokens["expired"]) == (4 * 64, 4 * 64, 0)

@@ -11,6 +11,7 @@ import torch
 from diloco_ray.coordination.messages import Contribution, InnerPlan, Verdict
 from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.log.run_store import RunStore
+from diloco_ray.transport.protocol import Beat
 from tests.small_run import Life, SmallIsland, begun, join_all, records, restored, small_job
 
 Sent = tuple[Contribution, np.ndarray]
@@ -126,7 +127,11 @@ def test_a_bad_payload_is_refused_with_its_reason_and_the_run_goes_on(
         ({"protocol_version": 99}, "protocol: version 99 offered, 1 spoken"),
         ({"fragment": 1}, "schema: fragment 1 of 1"),
         ({"incarnation": 7}, "fenced: incarnation 7 of island-01 is not the current one"),
-        ({"base_version": 5}, "stale: based on version 5"),
+        ({"base_version": 5}, "stale: based on version 5, fragment 0 is at 1"),
+        ({"base_version": 0}, "stale: based on version 0, round 2 begins at 1"),
+        ({"base_version": -1}, "stale: based on version -1, fragment 0 is at 1"),
+        ({"round": 2}, "stale: based on version 1, round 3 begins at 2"),
+        ({"round": -1}, "stale: a contribution to round 1 is committed, this one is for round 0"),
         ({"lease_id": "9.9"}, "lease: 9.9 is not held by island-01"),
     ],
 )
@@ -186,6 +191,46 @@ def test_a_contribution_is_copied_before_it_is_accepted(room: Room) -> None:
     assert bool(restored(room.store, room.job).parameters(0).isfinite().all())
 
 
+def overtaken(folder: Path, **fields: object) -> tuple[Room, InnerPlan, int]:
+    """The bad island's plan and its base, from which the fragment has moved on by two outer steps of the good one."""
+    room = Room(folder, small_job(num_islands=2, num_rounds=9, max_staleness=1, launch_interval_s=0.0, **fields))
+    coordinator = room.life.coordinator
+    plan, base = room.life.plan_of(room.bad), coordinator.state.versions[0]
+    for _ in range(2):
+        sent = room.good.contribution(room.life.plan_of(room.good), base_version=coordinator.state.versions[0])
+        assert room.life.submit(*sent).status == "accepted"
+        coordinator.tick()
+        room.life.settle()
+    assert coordinator.state.versions[0] == base + 2
+    return room, plan, base
+
+
+@pytest.mark.parametrize(
+    "fields", [{"closes": "arrival"}, {"closes": "quorum", "quorum": 1, "overlap": 1, "grace_share": 0.0}]
+)
+def test_work_from_a_base_that_is_too_old_is_given_up_and_its_data_leased_again(
+    tmp_path: Path, fields: dict[str, object]
+) -> None:
+    """Or its island would wait for an outer step that never comes."""
+    room, plan, base = overtaken(tmp_path, **fields)
+    life, bad = room.life, room.bad
+    verdict = life.submit(*bad.contribution(plan, base_version=base))
+    assert verdict == Verdict("rejected", "stale: its base is 2 outer steps old, of 1")
+    assert life.coordinator.beat(Beat(bad.name, bad.incarnation, plan.lease_id)) == "abandon"
+    assert life.coordinator.state.members[bad.name].strikes == 0
+    again = life.plan_of(bad)
+    assert (again.round, again.ranges) == (plan.round, plan.ranges)
+    assert life.submit(*bad.contribution(again, base_version=base + 1)).status == "accepted"
+
+
+def test_an_older_process_does_not_end_the_work_of_the_newer_one(tmp_path: Path) -> None:
+    room, plan, base = overtaken(tmp_path, closes="arrival")
+    header, payload = room.bad.contribution(plan, base_version=base)
+    for lie in ({"incarnation": 0}, {"run_id": "another"}):
+        assert room.life.submit(replace(header, **lie), payload).status == "rejected"  # type: ignore[arg-type]
+        assert room.life.plan_of(room.bad) == plan
+
+
 def test_who_was_never_heard_of_is_asked_to_say_hello(room: Room) -> None:
     stranger = SmallIsland(2, room.job)
     stranger.incarnation = 1
@@ -199,6 +244,6 @@ def test_after_the_end_what_is_late_is_refused_and_what_was_committed_is_known(t
     room.one_round()
     assert room.life.coordinator.state.phase == "succeeded"
     assert room.life.submit(*committed) == Verdict("committed")
-    late = room.bad.contribution(plan, base_version=7)
+    late = room.bad.contribution(plan, round=7)
     assert room.life.submit(*late) == Verdict("rejected", "over: the run has succeeded")
     assert room.life.coordinator._payloads == {}

@@ -11,11 +11,12 @@ import torch
 from diloco_ray.config import RunConfig
 from diloco_ray.data.batches import batches
 from diloco_ray.data.shards import TokenShards
+from diloco_ray.document import replica_of
 from diloco_ray.errors import ConfigError, DataError
 from diloco_ray.ids import island_name
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.verify import VerifyReport, verify
-from diloco_ray.run import Run, open_run, replica_of
+from diloco_ray.run import Run, open_run
 from diloco_ray.simulation.in_process import train_in_process
 
 LETTERS = {"low": "abcdef", "middle": "ghijkl", "high": "uvwxyz"}

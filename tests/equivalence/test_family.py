@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from diloco_ray.document import replica_of
 from diloco_ray.log.verify import verify
 from diloco_ray.observe.events import of_kind, read_events
-from diloco_ray.run import replica_of
 from tests.equivalence.test_identities import FLOAT32, digests, final_parameters, records, train
 
 

@@ -20,12 +20,13 @@ from diloco_ray.config import RunConfig
 from diloco_ray.coordination.messages import Share
 from diloco_ray.data.batches import batches
 from diloco_ray.data.shards import TokenShards
+from diloco_ray.document import replica_of
 from diloco_ray.log.record import Record
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.snapshot import restore
 from diloco_ray.log.verify import verify
 from diloco_ray.model.build import build_model
-from diloco_ray.run import Run, open_run, replica_of
+from diloco_ray.run import Run, open_run
 from diloco_ray.simulation.in_process import train_in_process
 
 FLOAT32 = {"uplink": "float32", "downlink": "float32"}

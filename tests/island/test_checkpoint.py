@@ -149,3 +149,55 @@ def test_files_with_other_names_are_neither_read_nor_deleted(checkpoints: Island
         checkpoints.save(round, optimizer_after(round), None)
     assert checkpoints.rounds() == [2, 3]
     assert {"notes.json", "latest", "12.json.bak", "x.safetensors"} <= {path.name for path in folder.iterdir()}
+
+
+# ---- what error feedback keeps back ----
+
+
+def residuals(*values: float) -> list[torch.Tensor]:
+    return [torch.full((size,), value) for size, value in zip((3, 5), values)]
+
+
+def loaded_residuals(checkpoints: IslandCheckpoints, round: int) -> list[float]:
+    found = residuals(9.0, 9.0)
+    checkpoints.load_residuals_(round, found)
+    assert all(bool((tensor == tensor[0]).all()) for tensor in found)
+    return [float(tensor[0]) for tensor in found]
+
+
+def test_residuals_are_those_of_the_round_or_the_newest_before_it(checkpoints: IslandCheckpoints) -> None:
+    assert loaded_residuals(checkpoints, 4) == [0.0, 0.0]
+    checkpoints.save_residuals(2, residuals(0.2, -0.2))
+    checkpoints.save_residuals(3, residuals(0.5, -0.5))
+    assert loaded_residuals(checkpoints, 3) == [0.5, -0.5]
+    assert loaded_residuals(checkpoints, 2) == pytest.approx([0.2, -0.2])
+    assert loaded_residuals(checkpoints, 7) == [0.5, -0.5]
+    assert loaded_residuals(checkpoints, 1) == [0.0, 0.0]
+
+
+def test_a_round_that_does_not_count_puts_back_what_it_took_out(checkpoints: IslandCheckpoints) -> None:
+    checkpoints.save_residuals(2, residuals(0.25, 0.75))
+    checkpoints.save_residuals(3, residuals(1.0, 1.0))
+    checkpoints.delete(3)
+    assert loaded_residuals(checkpoints, 3) == [0.25, 0.75]
+
+
+def test_two_rounds_of_residuals_are_kept_whatever_rounds_are_left_out(
+    checkpoints: IslandCheckpoints, folder: Path
+) -> None:
+    for round in (1, 2, 5, 9):
+        checkpoints.save_residuals(round, residuals(float(round), 0.0))
+        checkpoints.save(round, optimizer_after(round), None)
+    assert {path.name[:18] for path in folder.glob("residuals-*")} == {"residuals-00000005", "residuals-00000009"}
+    assert checkpoints.rounds() == [5, 9]
+
+
+def test_residuals_that_are_damaged_or_of_another_run_are_passed_over(
+    checkpoints: IslandCheckpoints, folder: Path
+) -> None:
+    checkpoints.save_residuals(1, residuals(0.25, 0.75))
+    other_run(folder).save_residuals(2, residuals(3.0, 3.0))
+    assert loaded_residuals(checkpoints, 2) == [0.25, 0.75]
+    (path,) = folder.glob("residuals-00000001-*.safetensors")
+    path.write_bytes(b"not tensors")
+    assert loaded_residuals(checkpoints, 2) == [0.0, 0.0]

@@ -1,6 +1,6 @@
 """The inner loop, on a small language model without transformers."""
 
-from itertools import pairwise
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diloco_ray.island.inner_loop import InnerResult, run_inner_steps
+from diloco_ray.island.inner_loop import InnerLoop, InnerResult
 from diloco_ray.island.inner_optimizer import build_inner_optimizer
 from diloco_ray.island.settings import InnerSettings
 from diloco_ray.model.build import trainable_parameters
@@ -45,11 +45,22 @@ def settings(**fields: Any) -> InnerSettings:
     return InnerSettings(**{**plain, **fields})
 
 
-def train(model: nn.Module, inner: InnerSettings, batches: list[Tensor], **how: Any) -> InnerResult:
-    optimizer = build_inner_optimizer(inner, dict(model.named_parameters()))
-    return run_inner_steps(
-        model, optimizer, batches, inner, **{"learning_rate": lambda step: inner.learning_rate, **how}
+def loop_of(
+    model: nn.Module,
+    inner: InnerSettings,
+    batches: list[Tensor],
+    learning_rate: Callable[[int], float] | None = None,
+) -> InnerLoop:
+    optimizer = build_inner_optimizer(inner, trainable_parameters(model))
+    return InnerLoop(
+        model, optimizer, batches, inner, learning_rate=learning_rate or (lambda step: inner.learning_rate)
     )
+
+
+def train(model: nn.Module, inner: InnerSettings, batches: list[Tensor]) -> InnerResult:
+    loop = loop_of(model, inner, batches)
+    assert list(loop) == list(range(1, len(batches) + 1))
+    return loop.result()
 
 
 def flat(model: nn.Module) -> Tensor:
@@ -114,34 +125,60 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters() -> None:
 
 
 def test_each_step_has_the_rate_of_its_number() -> None:
-    """At rate 0 nothing moves; on_step hears how many steps are done."""
+    """From 0; at rate 0 nothing moves."""
     model = Bigrams()
-    states = [flat(model)]
-    heard: list[int] = []
-
-    def on_step(done: int) -> None:
-        heard.append(done)
-        states.append(flat(model))
-
-    train(model, settings(), data(4), learning_rate=lambda step: 0.5 * (step % 2), on_step=on_step)
-    assert heard == [1, 2, 3, 4]
-    assert [not torch.equal(a, b) for a, b in pairwise(states)] == [False, True, False, True]
+    moved: list[bool] = []
+    before = flat(model)
+    for _ in loop_of(model, settings(), data(4), learning_rate=lambda step: 0.5 * (step % 2)):
+        moved.append(not torch.equal(flat(model), before))
+        before = flat(model)
+    assert moved == [False, True, False, True]
 
 
-def test_a_round_abandoned_in_on_step_leaves_the_model_between_two_steps() -> None:
-    class GiveUpError(Exception):
-        pass
+def test_nothing_is_done_before_a_step_is_asked_for_and_one_step_each_time() -> None:
+    model, expected = Bigrams(), Bigrams()
+    loop = loop_of(model, settings(), data(3))
+    assert torch.equal(flat(model), flat(expected))
+    for done in (1, 2, 3):
+        assert next(loop) == done
+        expected = Bigrams()
+        train(expected, settings(), data(done))
+        assert torch.equal(flat(model), flat(expected))
+    with pytest.raises(StopIteration):
+        next(loop)
+    assert torch.equal(flat(model), flat(expected))
 
-    def on_step(done: int) -> None:
-        if done == 2:
-            raise GiveUpError
 
+def test_the_means_are_those_of_the_steps_so_far() -> None:
+    loop = loop_of(Bigrams(), settings(), data(4))
+    for done in (1, 2, 3, 4):
+        next(loop)
+        expected = train(Bigrams(), settings(), data(done))
+        assert loop.result() == expected
+        assert (expected.num_steps, expected.num_tokens) == (done, done * 4 * 6)
+
+
+def test_a_loop_that_is_left_leaves_the_model_between_two_steps() -> None:
     abandoned, expected = Bigrams(), Bigrams()
-    with pytest.raises(GiveUpError):
-        train(abandoned, settings(), data(5), on_step=on_step)
+    for step in loop_of(abandoned, settings(), data(5)):
+        assert all(parameter.grad is None for parameter in abandoned.parameters())
+        if step == 2:
+            break
     train(expected, settings(), data(2))
     assert torch.equal(flat(abandoned), flat(expected))
-    assert all(parameter.grad is None for parameter in abandoned.parameters())
+
+
+def test_parameters_written_between_two_steps_are_those_that_the_next_step_starts_from() -> None:
+    """A merge: the loop goes on from it, with the optimizer's state as it was."""
+    model, expected = Bigrams(), Bigrams()
+    loop = loop_of(model, settings(), data(2))
+    next(loop)
+    with torch.no_grad():
+        for ours, theirs in zip(model.parameters(), expected.parameters()):
+            ours.copy_(theirs.mul_(0.5))
+    next(loop)
+    train(expected, settings(), data(2)[1:])
+    assert torch.equal(flat(model), flat(expected))
 
 
 def test_the_model_trains_in_training_mode_even_if_it_was_left_in_another() -> None:
@@ -152,13 +189,14 @@ def test_the_model_trains_in_training_mode_even_if_it_was_left_in_another() -> N
 
 
 def test_frozen_parameters_stay_and_do_not_count_in_the_norm() -> None:
-    model = Bigrams()
+    model, free = Bigrams(), Bigrams()
     model.embedding.weight.requires_grad_(False)
     before = model.embedding.weight.clone()
-    inner = settings()
-    optimizer = build_inner_optimizer(inner, trainable_parameters(model))
-    run_inner_steps(model, optimizer, data(2), inner, learning_rate=lambda step: 0.5)
+    (batch,) = data(1)
+    gradients = torch.autograd.grad(free(batch, batch).loss, list(free.head.parameters()))
+    result = train(model, settings(), [batch])
     assert torch.equal(model.embedding.weight, before)
+    assert result.gradient_norm == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item())
 
 
 def test_no_batches_are_no_steps() -> None:

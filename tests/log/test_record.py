@@ -24,7 +24,7 @@ bodies = st.dictionaries(
     max_size=4,
 )
 
-SHARE = Share("island-00", 1, 4, 100.0, 100, (DataRange(0, 0, 8, 12),), "a" * 64, 10, 0.5)
+SHARE = Share("island-00", 1, 4, 3, 100.0, 100, (DataRange(0, 0, 8, 12),), "a" * 64, 10, 0.5)
 RECORD = Record(
     index=5,
     parent="b" * 64,
@@ -33,7 +33,7 @@ RECORD = Record(
     kind="outer_step",
     fragment=0,
     version=5,
-    round=4,
+    round=5,
     codec="int8",
     payload=payload_path(5, "c" * 64),
     payload_sha256="c" * 64,

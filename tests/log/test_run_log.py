@@ -1,6 +1,7 @@
 """The chain: what is committed stays, whoever loses a commit stops, and every crash leaves a state to go on from."""
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from toy_run import RUN_ID, ToyRun, bits, new_replica
 
 from diloco_ray.errors import CorruptionError, FencedError, StoreError
 from diloco_ray.log.record import seal, unseal
-from diloco_ray.log.run_log import RunLog, record_path, take_fence
+from diloco_ray.log.run_log import RunLog, read_ahead, record_path, take_fence
 from diloco_ray.log.run_store import Bytes, RunStore
 from diloco_ray.log.snapshot import restore
 from diloco_ray.log.verify import verify
@@ -216,3 +217,25 @@ def test_the_bits_of_a_replayed_run(tmp_path: Path):
     restore(run.store, RunLog.open(run.store), replica)
     assert bits(replica) == run.bits()
     assert seal(unseal(run.store.read("run.json"), "")) == run.store.read("run.json")
+
+
+def test_giving_up_reading_ahead_does_not_wait_for_what_is_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The garbage collector gives it up where it likes, also in a thread that may not wait for another one."""
+    slow, read = threading.Event(), RunStore.read
+
+    def read_slowly(self: RunStore, path: str) -> Bytes:
+        assert path == "0" or slow.wait(60)
+        return read(self, path)
+
+    store = RunStore(str(tmp_path))
+    for number in range(5):
+        store.write(str(number), b"x")
+    monkeypatch.setattr(RunStore, "read", read_slowly)
+    files = read_ahead(store, map(str, range(5)), 2)
+    assert next(files) == b"x"
+    giving_up = threading.Thread(target=files.close, daemon=True)
+    giving_up.start()
+    giving_up.join(20)
+    waited = giving_up.is_alive()
+    slow.set()
+    assert not waited

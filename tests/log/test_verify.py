@@ -196,7 +196,10 @@ def share_changed(record: Record, **change: object) -> Record:
         (lambda r: replace(r, tokens={}), "tokens has"),
         (lambda r: share_changed(r, spent=(DataRange(0, 0, 3, 5),)), "overlap 0..4 of record 2"),
         (lambda r: share_changed(r, spent=(DataRange(0, 0, 14, 13),)), "spent sequences 14..13"),
-        (lambda r: share_changed(r, base_version=0), "island-00 on base version 0 of fragment 1: committed before in"),
+        (
+            lambda r: share_changed(r, round=0),
+            "island-00 in its round 1 on version 1 of fragment 1: committed before in record 2",
+        ),
         (lambda r: share_changed(r, base_version=2), "from a base that was still to come"),
         (lambda r: share_changed(r, island="zz"), "not in island order"),
         (lambda r: replace(r, run_id="other"), "run_id is 'other'"),
@@ -225,14 +228,12 @@ def test_data_is_called_spent_twice_exactly_when_it_is(
     sound: ToyRun, tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[int, int, int]]
 ):
     store = RunStore(str(tmp_path_factory.mktemp("spent")))
-    share = replace(sound.log.records[2].shares[0], base_version=0, tokens=0, spent=())
+    share = replace(sound.log.records[2].shares[0], round=0, tokens=0, spent=())
     record, parent = sound.log.records[0], ""
     for index, (shard, start, length) in enumerate([(0, 0, 0), *pieces]):
         if index:
             spent = (DataRange(shard, 0, start, start + length),)
-            record = replace(
-                record, index=index, parent=parent, shares=(replace(share, base_version=index, spent=spent),)
-            )
+            record = replace(record, index=index, parent=parent, shares=(replace(share, round=index, spent=spent),))
         store.write(record_path(index), record.to_bytes())
         parent = record.digest()
     used = [(shard, n) for shard, start, length in pieces for n in range(start, start + length)]

@@ -92,6 +92,7 @@ class ToyRun:
                 Share(
                     island=island,
                     incarnation=1,
+                    round=round_,
                     base_version=round_,
                     weight=32.0 if number else 32,  # callers mix them
                     tokens=NUM_SEQUENCES * 8 if closing else 0,
@@ -112,7 +113,7 @@ class ToyRun:
             kind="outer_step",
             fragment=fragment,
             version=self.replica.versions[fragment],
-            round=round_,
+            round=index // self.num_fragments,
             payload=payload_path(index, sha256_hex(data)),
             payload_sha256=sha256_hex(data),
             shares=tuple(shares),

@@ -11,11 +11,12 @@ import pytest
 
 from diloco_ray.config import RunConfig
 from diloco_ray.coordinator.coordinator import Coordinator, Job
+from diloco_ray.document import replica_of
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.snapshot import list_snapshots
 from diloco_ray.log.verify import verify
 from diloco_ray.observe.events import of_kind, read_events
-from diloco_ray.run import Run, open_run, replica_of
+from diloco_ray.run import Run, open_run
 from diloco_ray.simulation.in_process import make_island, train_in_process
 from diloco_ray.transport.in_memory import InMemoryTransport
 
@@ -51,12 +52,13 @@ def train_until(run: Run, num_jobs: int) -> int:
     coordinator = Coordinator(run.store, run.coordinator_job(), later=later, holder="test", pid=os.getpid())
     transport = InMemoryTransport(coordinator)
     islands = [make_island(run, transport, number) for number in range(run.config.max_islands)]
+    lives = [island.live() for island in islands]
     try:
         for island in islands:
             island.start()
         while coordinator.state.phase != "succeeded":
-            for island in islands:
-                island.turn(0.0)
+            for life in lives:
+                next(life, None)
     except CrashError:
         return done
     return done
@@ -81,12 +83,13 @@ def test_a_run_cut_at_any_job_and_taken_up_again_is_whole(tiny: dict[str, Any], 
 
     Then the islands, whose work is gone, repeat the round from a base of which one fragment has moved already.
     """
-    whole = open_run(recipe(tiny, "whole", fragments=fragments))
+    sync: dict[str, Any] = {"fragments": fragments, "offsets": "together"}
+    whole = open_run(recipe(tiny, "whole", **sync))
     num_jobs = train_until(whole, 10**6)
     expected = digests(whole)
     assert num_jobs > 8
     for num_done in range(1, num_jobs):
-        run = open_run(recipe(tiny, f"cut-{num_done}", fragments=fragments))
+        run = open_run(recipe(tiny, f"cut-{num_done}", **sync))
         assert train_until(run, num_done) == num_done
         before = digests(run)
         between_fragments = (len(before) - 1) % fragments != 0
@@ -98,6 +101,40 @@ def test_a_run_cut_at_any_job_and_taken_up_again_is_whole(tiny: dict[str, Any], 
         assert "rejected" not in decisions(run)
         if not between_fragments:
             assert digests(run) == expected, f"cut after {num_done} of {num_jobs} jobs"
+
+
+OTHERS: list[dict[str, Any]] = [
+    {"preset": "streaming", "fragments": 2, "overlap": 1},
+    {"preset": "delayed"},
+    {"preset": "eager", "fragments": 2},
+    {"preset": "async"},
+    {"preset": "decoupled", "fragments": 3},
+    {"uplink": "topk", "error_feedback": 0.95, "downlink": "int4", "downlink_error_feedback": True},
+]
+
+
+@pytest.mark.parametrize("sync", OTHERS, ids=lambda sync: sync.get("preset", "error feedback"))
+def test_a_run_of_any_preset_cut_at_every_other_job_and_taken_up_again_is_whole(
+    tiny: dict[str, Any], sync: dict[str, Any]
+) -> None:
+    """Where training goes on while fragments travel, what an island had not yet sent is gone with it, and only then."""
+    whole = open_run(recipe(tiny, "whole", **sync))
+    num_jobs = train_until(whole, 10**6)
+    for num_done in range(1, num_jobs, 2):
+        run = open_run(recipe(tiny, f"cut-{num_done}", **sync))
+        assert train_until(run, num_done) == num_done
+        before = digests(run)
+        train_in_process(run)
+        assert verify(run.store, replica_of).problems == ()
+        assert tokens_balance(run)
+        assert "rejected" not in decisions(run)
+        assert digests(run)[: len(before)] == before
+        tail, end = RunLog.open(run.store).tail, RunLog.open(whole.store).tail
+        assert tail.round == end.round == 2
+        if run.config.sync.closes == "all":
+            assert (tail.index, tail.tokens["committed"]) == (end.index, end.tokens["committed"])
+        if run.config.sync.overlap == 0 and run.config.sync.closes == "all":
+            assert digests(run) == digests(whole), f"cut after {num_done} of {num_jobs} jobs"
 
 
 def test_a_run_with_muon_is_taken_up_again_with_the_same_bits(tiny: dict[str, Any]) -> None:

@@ -12,10 +12,10 @@ from ray.cluster_utils import Cluster
 
 from diloco_ray.api import DiLoCoTrainer
 from diloco_ray.config import RunConfig
+from diloco_ray.document import replica_of
 from diloco_ray.errors import ClusterError
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.verify import verify
-from diloco_ray.run import replica_of
 from tests.processes import run_folder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]

@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,8 +91,8 @@ def islands() -> list[SmallIsland]:
     return [SmallIsland(0, JOB), SmallIsland(1, JOB)]
 
 
-def news_for(line: Transport, island: SmallIsland, after: int = 0, done: str = "") -> News:
-    return line.follow(island.name, island.incarnation, after, PATIENCE_S, done)
+def news_for(line: Transport, island: SmallIsland, after: int = 0, held: str = "") -> News:
+    return line.follow(island.name, island.incarnation, after, PATIENCE_S, held)
 
 
 def plan_for(line: Transport, island: SmallIsland, after: int = 0) -> InnerPlan:
@@ -111,7 +112,8 @@ def catch_up(follower: Follower, index: int) -> None:
     for _ in range(20):
         if follower.index >= index:
             return
-        follower.replay(follower.transport.follow("", 0, follower.index, PATIENCE_S).records)
+        for record in follower.receive(follower.transport.follow("", 0, follower.index, PATIENCE_S).records):
+            follower.replay(record.fragment)
     raise AssertionError(f"still at {follower.index}")
 
 
@@ -216,7 +218,7 @@ def test_a_bad_payload_is_rejected_with_its_reason_and_the_round_is_repeated(
     verdict = line.submit(*islands[0].contribution(plan, islands[0].values(0, 0) / 0.0))
     assert verdict.status == "rejected"
     assert verdict.reason.startswith("values: ")
-    again = news_for(line, islands[0], done=plan.lease_id).plan
+    again = news_for(line, islands[0], held=plan.lease_id).plan
     assert again is not None
     assert again.ranges == plan.ranges
     one_round(line, islands, 0)
@@ -312,6 +314,20 @@ def test_over_ray_a_follower_sleeps_until_there_is_news(
         assert [record.index for record, _ in heard[0].records] == [1]
 
 
+def wait_until_gone(actor: Any) -> None:
+    """A kill returns before it has killed: the first calls after it may still be answered."""
+    import ray
+
+    until = time.monotonic() + PATIENCE_S
+    while time.monotonic() < until:
+        try:
+            ray.get(actor.measured.remote(), timeout=PATIENCE_S)
+        except ray.exceptions.RayActorError:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"the actor still answers {PATIENCE_S:g} s after it was killed")
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(240)
 def test_over_ray_a_dead_coordinator_is_waited_for_until_the_deadline_and_named(
@@ -326,6 +342,7 @@ def test_over_ray_a_dead_coordinator_is_waited_for_until_the_deadline_and_named(
     actor = CoordinatorActor.remote(store.url, JOB)
     ray.get(actor.measured.remote(), timeout=PATIENCE_S)
     ray.kill(actor, no_restart=True)
+    wait_until_gone(actor)
     with pytest.raises(DeadlineError, match=r"did not answer 'measured' for 0\.5 s"):
         RayTransport(actor, 0.5).measured()
 
