@@ -106,9 +106,14 @@ class RunState:
         return names(self.members, "alive")
 
     def is_whole(self, plan: InnerPlan) -> bool:
-        """Whether the contribution that closes the plan's lease is accepted."""
+        """Whether the contribution that closes the plan's lease is accepted, and no other of it is waited for."""
         item = self.inbox.get((self.closing_fragment, plan.round, plan.island))
-        return item is not None and item.norm is not None and item.contribution.lease_id == plan.lease_id
+        closed = item is not None and item.norm is not None and item.contribution.lease_id == plan.lease_id
+        return closed and not (self.rules.in_step and any(self._lacks(p, plan) for p in range(self.closing_fragment)))
+
+    def _lacks(self, fragment: int, plan: InnerPlan) -> bool:
+        item = self.inbox.get((fragment, plan.round, plan.island))
+        return self.versions[fragment] <= plan.round and (item is None or item.norm is None)
 
     def open_plans(self, island: str) -> tuple[InnerPlan, ...]:
         return tuple(plan for plan in self.plans.get(island, ()) if not self.is_whole(plan))

@@ -1,10 +1,13 @@
 """Whatever happens, in whatever order: islands, losses, restarts, duplicates and bad payloads, drawn by hypothesis.
 
 The toy world checks its invariants after every event. At the end of every story the world turns fair again, and the
-run must get on: with enough healthy islands the round closes, though some island may hang for ever.
+run must get on: with enough healthy islands the round closes, though some island may hang for ever; and when those
+that hang have ended themselves, as processes do, it must get on whatever was before.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -12,9 +15,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from toy_world import RULES, ToyIsland, World
 
 from diloco_ray.coordination.messages import Committed, Contribution, Event, Heartbeat, Inspect, Left, Lost, Submitted
-from diloco_ray.coordination.state import ended, plan_for
+from diloco_ray.coordination.plans import islands_by_round
+from diloco_ray.coordination.rounds import next_look_s
+from diloco_ray.coordination.state import Rules, ended
+from diloco_ray.ids import island_name
 
-NAMES = ("a", "b", "c", "d")
+NAMES = tuple(island_name(number) for number in range(4))
 names = st.sampled_from(NAMES)
 
 
@@ -23,18 +29,19 @@ class AnyOrder(RuleBasedStateMachine):
     mail: list[Event]  # what islands and driver ever said: any of it may come once more
 
     @initialize(
+        rules=st.data(),
         num_islands=st.integers(2, 4),
-        num_fragments=st.sampled_from([1, 3]),
-        min_islands=st.integers(1, 2),
-        quorum=st.integers(1, 2),
-        num_rounds=st.sampled_from([5, 1000]),
-        num_sequences=st.sampled_from([6, 64]),
+        shard_sizes=st.sampled_from([(6,), (64,), (10, 7)]),
+        digests_differ=st.booleans(),
     )
-    def start(self, num_islands: int, num_sequences: int, **changes: int) -> None:
-        self.world = World(replace(RULES, **changes), num_sequences, held=True)
+    def start(self, rules: st.DataObject, num_islands: int, shard_sizes: tuple[int, ...], digests_differ: bool) -> None:
+        self.world = World(self.draw_rules(rules.draw), shard_sizes, held=True, digests_differ=digests_differ)
         self.world.start_coordinator(*NAMES[:num_islands])
         self.world.join(*NAMES[:num_islands])
         self.mail = []
+
+    def draw_rules(self, draw: Callable[[st.SearchStrategy[Any]], Any]) -> Rules:
+        raise NotImplementedError
 
     def say(self, event: Event) -> None:
         self.mail.append(event)
@@ -90,7 +97,7 @@ class AnyOrder(RuleBasedStateMachine):
             if island:
                 self.say(Submitted(self.world.now_s, island.contribution(island.sent, "nan")))
                 self.world.run_jobs()
-                island.plan = None
+                self.world.beat(name)
 
     @rule(name=names)
     def an_island_sends_all_it_has(self, name: str) -> None:
@@ -102,18 +109,29 @@ class AnyOrder(RuleBasedStateMachine):
         for name in sorted(set(self.world.islands) - {without}):
             self.send_all(name)
 
-    @rule(name=names, fragment=st.integers(0, 2), version=st.integers(0, 3))
-    def an_island_sends_what_nobody_asked_for(self, name: str, fragment: int, version: int) -> None:
+    @rule(name=names, fragment=st.integers(0, 2), version=st.integers(0, 3), later=st.integers(-1, 2))
+    def an_island_sends_what_nobody_asked_for(self, name: str, fragment: int, version: int, later: int) -> None:
         island = self.at_work(name)
-        if island:
-            self.say(Submitted(self.world.now_s, replace(island.contribution(fragment), base_version=version)))
+        if island and fragment < self.world.rules.num_fragments:
+            c = island.contribution(fragment)
+            self.say(Submitted(self.world.now_s, replace(c, base_version=version, round=c.round + later)))
+
+    @rule(name=names, ahead=st.integers(0, 2))
+    def an_island_works_ahead_of_its_fragments_turn(self, name: str, ahead: int) -> None:
+        """Messages overtake each other."""
+        island = self.at_work(name)
+        if island and island.sent + ahead < self.world.rules.num_fragments:
+            self.say(Submitted(self.world.now_s, island.contribution(island.sent + ahead)))
 
     def at_work(self, name: str) -> ToyIsland | None:
         island = self.world.islands.get(name)
         if island is None or island.fenced or island.hung:
             return None
         self.world.fetch_plan(name)
-        return island if island.plan else None
+        while (plan := island.plan) and self.world.has_closed(plan, island.sent):
+            self.world.sent_one(island)
+            self.world.begin(island)
+        return island if island.plan and self.world.may_send(island, island.sent) else None
 
     def send_all(self, name: str) -> None:
         """One fragment after the other, each with its verdict, as an island does it."""
@@ -126,15 +144,15 @@ class AnyOrder(RuleBasedStateMachine):
                 self.hear_verdict(island, c)
 
     def hear_verdict(self, island: ToyIsland, c: Contribution) -> None:
-        verdict = self.world.verdicts.get((c.key, c.payload_sha256))
-        if verdict is None or island.plan is None:
+        world, plan = self.world, island.plan
+        verdict = world.verdicts.get((c.key, c.payload_sha256))
+        if verdict is None or plan is None or plan.lease_id != c.lease_id:
             return
         if verdict.status == "unknown":
-            self.world.hello(island.name)
+            world.hello(island.name)
             return
-        island.sent += 1
-        if island.sent == self.world.rules.num_fragments:
-            island.done_lease, island.plan = island.plan.lease_id, None
+        world.hear(island, plan, c, verdict)
+        world.sent_one(island)
 
     # ---- the coordinator and the world ----
 
@@ -173,9 +191,25 @@ class AnyOrder(RuleBasedStateMachine):
     def teardown(self) -> None:
         world = self.world
         goal = world.state.round + 2
+        if self.gets_to(goal):
+            return
+        rules, healthy = world.rules, [name for name, island in world.islands.items() if not island.hung]
+        enough = max(rules.min_islands, rules.quorum)
+        assert len(healthy) < enough or self.may_wait_for_the_hung, f"it does not get on: {world.state}"
+        for name in [name for name, island in world.islands.items() if island.hung]:
+            self.world.lose(name)
+        assert self.gets_to(goal), f"it does not get on though nobody hangs: {world.state}"
+
+    @property
+    def may_wait_for_the_hung(self) -> bool:
+        """Who takes part in a round, or is not dropped from it, is fewer than are alive."""
+        return bool(self.world.rules.islands_by_round or self.world.rules.drop_probability)
+
+    def gets_to(self, goal: int) -> bool:
+        world = self.world
         for _ in range(60):
             if ended(world.state) or world.state.round >= goal:
-                return
+                return True
             for name in NAMES:
                 barred = name in world.state.members and world.standing(name) == "quarantined"
                 missing = name not in world.islands or world.islands[name].fenced
@@ -185,19 +219,59 @@ class AnyOrder(RuleBasedStateMachine):
             for name in world.islands:
                 self.send_all(name)
             world.run_jobs()
-            world.pass_time(5.0)
-        healthy = [i for i in world.islands.values() if not i.hung and world.standing(i.name) == "alive"]
-        enough = max(world.rules.min_islands, world.rules.quorum)
-        assert len(healthy) < enough, f"round {world.state.round + 1} does not close: {world.state}"
-        for name, island in world.islands.items():
-            assert island.hung or plan_for(world.state, name, island.incarnation) is None or island.done_lease
+            look_s = next_look_s(world.state)
+            world.pass_time(5.0 if look_s is None else min(5.0, max(0.5, look_s - world.now_s)))
+        return False
 
 
-AnyOrder.TestCase.settings = settings(
-    max_examples=200,
+RULES_OF_ALL = {
+    "min_islands": st.integers(1, 2),
+    "quorum": st.integers(1, 2),
+    "num_rounds": st.sampled_from([3, 1000]),
+    "max_islands": st.just(len(NAMES)),
+}
+
+
+class InStep(AnyOrder):
+    """closes = all."""
+
+    def draw_rules(self, draw: Callable[[st.SearchStrategy[Any]], Any]) -> Rules:
+        rules = replace(
+            RULES,
+            **{name: draw(values) for name, values in RULES_OF_ALL.items()},
+            num_fragments=draw(st.sampled_from([1, 3])),
+            overlap=draw(st.sampled_from([0, 1, RULES.inner_steps_per_round])),
+            drop_probability=draw(st.sampled_from([0.0, 0.5])),
+            drop_seed=draw(st.integers(0, 9)),
+        )
+        schedule = draw(st.sampled_from(["constant", "constant", "doubling", "halving", "ramp_up", "ramp_down"]))
+        return replace(rules, islands_by_round=islands_by_round(schedule, len(NAMES), min(rules.num_rounds, 6)))
+
+
+class OutOfStep(AnyOrder):
+    """closes = quorum, arrival."""
+
+    def draw_rules(self, draw: Callable[[st.SearchStrategy[Any]], Any]) -> Rules:
+        closes = draw(st.sampled_from(["quorum", "arrival"]))
+        return replace(
+            RULES,
+            **{name: draw(values) for name, values in RULES_OF_ALL.items()},
+            closes=closes,
+            num_fragments=draw(st.sampled_from([1, 3])) if closes == "quorum" else 1,
+            overlap=draw(st.sampled_from([0, 1, RULES.inner_steps_per_round])),
+            launch_interval_s=draw(st.sampled_from([None, 0.0, 7.0])),
+            max_staleness=draw(st.sampled_from([0, 1, 64])),
+            steps_by_speed=draw(st.booleans()),
+            weighting=draw(st.sampled_from(["uniform", "tokens_squared_per_step"])),
+        )
+
+
+PROFILE = settings(
+    max_examples=100,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
-TestAnyOrder = AnyOrder.TestCase
+InStep.TestCase.settings = OutOfStep.TestCase.settings = PROFILE
+TestInStep, TestOutOfStep = InStep.TestCase, OutOfStep.TestCase

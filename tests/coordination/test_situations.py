@@ -629,6 +629,17 @@ def test_fragments_of_one_round_may_come_in_any_order():
     assert [step.fragment for step in world.log] == [0, 1]
 
 
+def test_an_island_lost_before_a_fragment_that_its_last_one_overtook_is_no_longer_waited_for():
+    world = at_work("a", "b", num_fragments=2)
+    world.send("a", 1)
+    world.lose("a")
+    assert world.state.inbox == {}
+    world.join("c")
+    assert world.at_work == ("b", "c")
+    world.work()
+    assert world.state.round == 1
+
+
 def test_after_a_restart_between_two_records_the_rest_of_the_round_is_done():
     world = at_work("a", "b", num_fragments=2)
     world.send("a", 0)

@@ -67,6 +67,7 @@ class ToyIsland:
     plans: list[InnerPlan] = field(default_factory=list)  # work in hand, oldest first
     sent: int = 0  # fragments of the first plan that have their verdict
     begun: str = ""  # lease of the first plan, when it is begun
+    stands_at: int = -1  # the round whose plan it goes on with from its own parameters
     bases: tuple[int, ...] = ()  # versions that its contributions are measured from
     outgoing: list[tuple[InnerPlan, Contribution]] = field(default_factory=list)  # sent; their fate is not known
     newest_lease: str = ""
@@ -87,7 +88,7 @@ class ToyIsland:
     def forget(self, leases: set[str]) -> None:
         """Work that has become void leaves no trace."""
         if self.plan and self.plan.lease_id in leases:
-            self.sent = 0
+            self.sent, self.stands_at = 0, -1
         self.plans = [plan for plan in self.plans if plan.lease_id not in leases]
         self.outgoing = [(plan, c) for plan, c in self.outgoing if plan.lease_id not in leases]
 
@@ -290,13 +291,18 @@ class World:
                 island.newest_lease = plan.lease_id
                 if plan.lease_id not in {old.lease_id for old in island.held}:
                     island.plans.append(plan)
-            if island.plan and island.begun != island.plan.lease_id:
-                island.begun, island.bases = island.plan.lease_id, self.bases_of(island.plan)
+            self.begin(island)
 
-    def bases_of(self, plan: InnerPlan) -> tuple[int, ...]:
-        if self.rules.in_step:
-            return (max(0, plan.first_round - self.lag),) * self.rules.num_fragments
-        return tuple(self.log_versions)
+    def begin(self, island: ToyIsland) -> None:
+        """From its own parameters, or afresh from the global ones, once they are those that the round begins with."""
+        plan = island.plan
+        if plan is None or island.begun == plan.lease_id:
+            return
+        first = max(0, plan.first_round - self.lag)
+        if self.rules.in_step and island.stands_at == plan.first_round:
+            island.begun, island.bases = plan.lease_id, (first,) * self.rules.num_fragments
+        elif not self.rules.in_step or min(self.log_versions) >= first:
+            island.begun, island.bases, island.stands_at = plan.lease_id, tuple(self.log_versions), -1
 
     @property
     def lag(self) -> int:
@@ -310,8 +316,15 @@ class World:
 
     def may_send(self, island: ToyIsland, fragment: int) -> bool:
         """An island merges before it sends again, or where its steps are in time with nobody's, when it comes to it."""
+        plan = island.plan
+        if plan is None or island.begun != plan.lease_id:
+            return False
         if self.rules.in_step:
-            return self.log_versions[fragment] >= island.bases[fragment]
+            begins_afresh, late = island.stands_at != plan.first_round, int(self.rules.overlap > 0)
+            merged = [0] * fragment + [self.lag] + [late] * (self.rules.num_fragments - fragment - 1)
+            return begins_afresh or all(
+                version >= plan.first_round - behind for version, behind in zip(self.log_versions, merged)
+            )
         if self.rules.closes == "quorum" and self.rules.overlap:
             return True
         unmerged = [c for _, c in island.outgoing if c.fragment == fragment and not self.is_final(c)]
@@ -326,6 +339,8 @@ class World:
         return verdict
 
     def hear(self, island: ToyIsland, plan: InnerPlan, c: Contribution, verdict: Verdict) -> None:
+        known = plan in self.state.plans.get(island.name, ())
+        assert not known or "begins at" not in verdict.reason, "an honest island's base is refused"
         island.outgoing = [item for item in island.outgoing if item[1].key != c.key]
         if verdict.status != "rejected":
             island.outgoing.append((plan, c))
@@ -362,6 +377,7 @@ class World:
         island.sent += 1
         if island.sent < self.rules.num_fragments:
             return False
+        island.stands_at = island.plans[0].round + 1
         island.plans, island.sent = island.plans[1:], 0
         return True
 
@@ -413,7 +429,8 @@ class World:
         assert sum(state.versions) == state.index <= len(self.log)
         if in_step:
             assert state.round == min(state.versions) == state.versions[-1]
-            assert max(state.versions) <= state.round + (1 + self.lag if self.rules.overlap else 1)
+            ahead = 2 if self.rules.overlap else 1
+            assert self.rules.drop_probability or max(state.versions) <= state.round + ahead
         for key, item in state.inbox.items():
             assert key == item.contribution.key
             assert item.lease.island == key[2]
