@@ -75,7 +75,7 @@ _ALL = (
     Variant("uneven speeds", SPEEDS),
     Variant("async, uneven speeds", ("sync.preset=async", *SPEEDS)),
     Variant("async, plain Nesterov, uneven speeds", ("sync.closes=arrival", *SPEEDS)),
-    Variant("decoupled, uneven speeds", ("sync.preset=decoupled", *SPEEDS)),
+    Variant("decoupled, uneven speeds", ("sync.preset=decoupled", "sync.fragments=8", *SPEEDS)),
     Variant("radial", ("outer.combine=radial",)),
     Variant("radial 0.35", ("outer.combine=radial", "outer.learning_rate=0.35")),
     Variant("Muon", (*MUON, "outer.momentum=0.6")),

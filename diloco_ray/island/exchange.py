@@ -10,7 +10,6 @@ at once and `poll` listens: the same exchange in one process, one island after t
 
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 
 import torch
@@ -21,6 +20,7 @@ from diloco_ray.algorithm.fragments import Fragment
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination.messages import Contribution, InnerPlan
 from diloco_ray.errors import ClusterError, FencedError
+from diloco_ray.island.handover import Bell, Plans, start_thread
 from diloco_ray.island.job import Identity, IslandJob, RoundAbandonedError, RunOverError
 from diloco_ray.island.outbox import Outbox, Outgoing
 from diloco_ray.transport.follower import Follower
@@ -33,9 +33,8 @@ class Exchange:
     def __init__(self, job: IslandJob, identity: Identity, transport: Transport):
         self.job, self.identity, self.transport = job, identity, transport
         self.incarnation = 0
-        self.plan: InnerPlan | None = None  # the work in hand
         self.progress: dict[str, float] = {}
-        self.over = self.is_waiting = False
+        self.over = self.is_waiting = self._said_hello = False
         self.on_encoded: Callable[[InnerPlan, int], None] = lambda plan, fragment: None  # called before it is submitted
         self._in_step = job.sync.closes == "all"
         self._follower = Follower(Replica(job.layout, job.outer.build(), get_codec(job.sync.downlink)), transport)
@@ -44,22 +43,23 @@ class Exchange:
         self.base_versions = [0 for _ in sizes]
         self._targets: list[int | None] = [None for _ in sizes]  # versions to replay to; None: the newest
         self._own_rounds = [-1 for _ in sizes]  # of this island, committed
-        self._plans: deque[InnerPlan] = deque()  # received, not begun
-        self._newest_lease = ""
+        self._plans = Plans()
         self._outbox = Outbox(job)
-        self._void: set[str] = set()  # leases
-        self._said_hello = False
+        self.residuals = self._outbox.residuals
         self._error: Exception | None = None
         self._hello = threading.Lock()
-        self._changed = threading.Condition(threading.RLock())
-        self.num_heard = self._num_seen = 0  # changes, and those that were waited for
+        self.bell = Bell()
         self._posted: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     @property
-    def residuals(self) -> list[Tensor]:
-        """What the uplink's codec has left out, (num_values,) float32 per fragment; none without error feedback."""
-        return self._outbox.residuals
+    def plan(self) -> InnerPlan | None:
+        """The work in hand: inner steps are to be taken."""
+        return self._plans.in_hand
+
+    @plan.setter
+    def plan(self, plan: InnerPlan | None) -> None:
+        self._plans.in_hand = plan
 
     # ---- its life ----
 
@@ -73,10 +73,8 @@ class Exchange:
             self.incarnation, self._said_hello = welcome.incarnation, True
 
     def _held(self) -> tuple[InnerPlan, ...]:
-        with self._changed:
-            plans = [*self._outbox.plans, self.plan, *self._plans]
-            by_lease = {plan.lease_id: plan for plan in plans if plan and plan.lease_id not in self._void}
-        return tuple(sorted(by_lease.values(), key=lambda plan: plan.round))
+        with self.bell:
+            return self._plans.held(self._outbox.plans)
 
     def start(self) -> None:
         self.say_hello()
@@ -85,27 +83,16 @@ class Exchange:
 
     def start_threads(self, follow_s: float) -> None:
         """follow_s: length of one long poll."""
-        for name, work in (("send", self._send_on), ("listen", lambda: self._listen_on(follow_s))):
-            self._threads.append(threading.Thread(target=self._watched(work), name=name, daemon=True))
-        for thread in self._threads:
-            thread.start()
+        threads = {"send": self._send_on, "listen": lambda: self._listen_on(follow_s)}
+        self._threads = [start_thread(name, work, self.fail) for name, work in threads.items()]
 
     def stop(self) -> None:
         self.over = True
         self._posted.put(None)
 
-    def _watched(self, work: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
-            try:
-                work()
-            except Exception as error:  # of any kind
-                self.fail(error)
-
-        return run
-
     def fail(self, error: Exception) -> None:
         """Ends the island, on its training thread."""
-        with self._news():
+        with self.bell.ringing():
             self._error = error
 
     def _send_on(self) -> None:
@@ -119,10 +106,7 @@ class Exchange:
     def wait(self, timeout_s: float) -> None:
         """Until something has changed since the last wait. Only with threads."""
         self.is_waiting = True
-        with self._changed:
-            if self.num_heard == self._num_seen:
-                self._changed.wait(timeout_s)
-            self._num_seen = self.num_heard
+        self.bell.wait(timeout_s)
         self.is_waiting = False
 
     def poll(self) -> None:
@@ -135,34 +119,26 @@ class Exchange:
             raise self._error
         if self.over:
             raise RunOverError
-        if plan and plan.lease_id in self._void:
+        if plan and plan.lease_id in self._plans.void:
             raise RoundAbandonedError
 
     def void(self, lease_id: str) -> None:
-        with self._news():
-            self._void.add(lease_id)
-
-    def _news(self) -> "_News":
-        return _News(self)
+        with self.bell.ringing():
+            self._plans.void.add(lease_id)
 
     # ---- plans ----
 
     def next_plan(self) -> InnerPlan | None:
         if self._error:
             raise self._error
-        with self._changed:
-            while self._plans and self._plans[0].lease_id in self._void:
-                self._plans.popleft()
-            if self._plans:
-                self.plan = self._plans.popleft()
-                return self.plan
-        return None
+        with self.bell:
+            return self._plans.take()
 
     def abandon(self, plan: InnerPlan) -> None:
         """Nothing more of this plan is to be sent; what is being encoded stays until it is."""
-        with self._changed:
-            self._void.add(plan.lease_id)
-            self._outbox.drop(lambda item: item.plan.lease_id in self._void and item.contribution is not None)
+        with self.bell:
+            self._plans.void.add(plan.lease_id)
+            self._outbox.drop(lambda item: item.plan.lease_id in self._plans.void and item.contribution is not None)
             self.plan = None
 
     # ---- sending ----
@@ -176,7 +152,7 @@ class Exchange:
         metrics: Mapping[str, float],
     ) -> None:
         """Sends Q(base - island) of one fragment. inner_steps: since the fragment was last merged."""
-        with self._changed:
+        with self.bell:
             base_version = self.base_versions[fragment.index]
             item = self._outbox.add(plan, fragment, base_version, tensors, inner_steps, metrics)
         if self._threads:
@@ -186,20 +162,20 @@ class Exchange:
 
     def payload_of(self, plan: InnerPlan, fragment: int) -> Tensor | None:
         """The encoded contribution; None while it is being encoded, or if there is none."""
-        with self._changed:
+        with self.bell:
             return self._outbox.payload_of(plan, fragment)
 
     def is_encoded(self, fragment: int) -> bool:
         """Whether `fetch` may overwrite the fragment's base, and `post` its values."""
-        with self._changed:
+        with self.bell:
             return self._outbox.is_encoded(fragment)
 
     def _deliver(self, item: Outgoing) -> None:
         contribution, payload = self._encode(item)
         self.on_encoded(item.plan, item.fragment.index)
-        with self._news():
+        with self.bell.ringing():
             item.contribution, item.payload = contribution, payload.numpy()
-            if item.plan.lease_id in self._void:
+            if item.plan.lease_id in self._plans.void:
                 self._outbox.drop(lambda other: other is item)
                 return
         self._submit(item, contribution)
@@ -208,7 +184,7 @@ class Exchange:
         p = item.fragment.index
         if self.job.sync.anchor == "base" and not item.plan.silent_steps:
             return self._outbox.encode(item, self.base[p], item.base_version, self.incarnation)
-        with self._changed:  # the replica stands still
+        with self.bell:  # the replica stands still
             replica = self._follower.replica
             return self._outbox.encode(item, replica.parameters(p), replica.versions[p], self.incarnation)
 
@@ -224,7 +200,7 @@ class Exchange:
 
     def _refused(self, refused: Outgoing) -> None:
         """It may have been late, or a double; or the whole plan is void, which the next beat would tell as well."""
-        with self._changed:
+        with self.bell:
             self._outbox.drop(lambda item: item is refused)
         lease_id = refused.plan.lease_id
         beat = Beat(self.identity.island, self.incarnation, lease_id, dict(self.progress))
@@ -236,11 +212,11 @@ class Exchange:
     def listen(self, wait_s: float) -> None:
         wait_s = 0.0 if self._said_hello else wait_s  # there may be something to send again at once
         news = self.transport.follow(
-            self.identity.island, self.incarnation, self._follower.index, wait_s, self._newest_lease
+            self.identity.island, self.incarnation, self._follower.index, wait_s, self._plans.newest_lease
         )
         match news.standing:
             case "over":
-                with self._news():
+                with self.bell.ringing():
                     self.over = True
                 return
             case "fenced":
@@ -251,7 +227,7 @@ class Exchange:
             case "ok":
                 pass
         if news.records or news.plan:
-            with self._news():
+            with self.bell.ringing():
                 for record in self._follower.receive(news.records):
                     own = [share.round for share in record.shares if share.island == self.identity.island]
                     p = record.fragment
@@ -259,22 +235,14 @@ class Exchange:
                     self._follower.replay(p, self._targets[p])
                 self._forget_what_is_final()
                 if news.plan:
-                    self._receive(news.plan)
+                    self._plans.receive(news.plan, self._outbox.plans)
         if self._said_hello:
             self._send_again()
-
-    def _receive(self, plan: InnerPlan) -> None:
-        """A plan for a round that was planned already replaces what was planned."""
-        known = [*self._outbox.plans, self.plan, *self._plans]
-        self._void |= {old.lease_id for old in known if old and old.round >= plan.round} - {plan.lease_id}
-        self._newest_lease = plan.lease_id
-        if plan.lease_id not in {old.lease_id for old in known if old}:
-            self._plans.append(plan)
 
     def _send_again(self) -> None:
         """A restarted coordinator has lost what its predecessor had accepted and not committed."""
         self._said_hello = False
-        with self._changed:
+        with self.bell:
             items = list(self._outbox.items)
         for item in items:
             if item.contribution:
@@ -298,50 +266,35 @@ class Exchange:
 
     def has_closed(self, fragment: int, round: int) -> bool:
         """Whether a contribution to this round would come too late."""
-        with self._changed:
+        with self.bell:
             return self._in_step and self._follower.received_version(fragment) > round
 
     def aim(self, fragment: int, round: int | None) -> None:
         """What the fragment is merged with next is the outer step of this round: no later one is replayed before."""
-        with self._changed:
+        with self.bell:
             self._targets[fragment] = round + 1 if self._in_step and round is not None else None
             self._follower.replay(fragment, self._targets[fragment])
 
     def stands_at(self, fragment: int, version: int) -> bool:
         """Whether the replica has replayed the fragment up to this version."""
-        with self._changed:
+        with self.bell:
             return self._follower.replica.versions[fragment] >= version
 
     def is_settled(self, fragment: int, round: int) -> bool:
         """Whether the outer step that this round's contribution went into, or came too late for, is at hand."""
-        with self._changed:
+        with self.bell:
             replayed = self._follower.replica.versions[fragment] > round or not self._in_step
             return replayed and self._is_final(fragment, round) and self.is_encoded(fragment)
 
     def arrived(self) -> list[int]:
         """Fragments that have moved on since they were fetched."""
-        with self._changed:
+        with self.bell:
             versions = self._follower.replica.versions
             return [p for p, v in enumerate(self.base_versions) if versions[p] > v and self.is_encoded(p)]
 
     def fetch(self, fragment: int) -> Tensor:
         """The global parameters of one fragment, (num_values,) float32, as the new base: ours to add to."""
-        with self._changed:
+        with self.bell:
             self.base[fragment].copy_(self._follower.replica.parameters(fragment))
             self.base_versions[fragment] = self._follower.replica.versions[fragment]
         return self.base[fragment]
-
-
-class _News:
-    """A change that waiting threads are told of when it is whole."""
-
-    def __init__(self, exchange: Exchange):
-        self._exchange = exchange
-
-    def __enter__(self) -> None:
-        self._exchange._changed.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._exchange.num_heard += 1
-        self._exchange._changed.notify_all()
-        self._exchange._changed.release()

@@ -98,12 +98,12 @@ def _progress_of(coordinator: Coordinator) -> tuple[int, int]:
 
 def _move(life: _Life, clock: Clock) -> bool:
     """Whether the island has got on: taken a step, heard something, or ended."""
-    before = life.island.exchange.num_heard
+    before = life.island.exchange.bell.num_rings
     moment = next(life.moments, None)
     life.waits, life.has_ended = moment == "wait", moment is None
     if moment == "step":
         life.next_s = clock.now_s + life.step_s
-    return not life.waits or life.island.exchange.num_heard > before
+    return not life.waits or life.island.exchange.bell.num_rings > before
 
 
 def begin(run: Run, clock: Clock | None = None) -> Coordinator:
