@@ -152,7 +152,7 @@ def _submitted(state: RunState, event: Submitted) -> Step:
         state = replace(state, offered=state.offered | {c.island})
     if verdict is None:
         return _awaited(state, c)
-    if verdict.status == "rejected" and is_outdated(state, c):
+    if is_outdated(state, c, verdict):
         state = void(state, c.island, "expired")
     commands: list[Command] = [] if verdict.status == "pending" else [Answer(c, verdict)]
     if verdict.status == "rejected":
