@@ -220,7 +220,8 @@ class AnyOrder(RuleBasedStateMachine):
                 self.send_all(name)
             world.run_jobs()
             look_s = next_look_s(world.state)
-            world.pass_time(5.0 if look_s is None else min(5.0, max(0.5, look_s - world.now_s)))
+            ahead_s = 5.0 if look_s is None or look_s <= world.now_s else look_s - world.now_s
+            world.pass_time(min(5.0, max(0.5, ahead_s)))
         return False
 
 
