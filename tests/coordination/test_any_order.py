@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from toy_world import RULES, ToyIsland, World
 
-from diloco_ray.coordination.messages import Committed, Contribution, Event, Heartbeat, Inspect, Left, Lost, Submitted
+from diloco_ray.coordination.messages import (
+    Committed,
+    Contribution,
+    Event,
+    Heartbeat,
+    Inspect,
+    Left,
+    Lost,
+    Submitted,
+    Verdict,
+)
 from diloco_ray.coordination.plans import islands_by_round
 from diloco_ray.coordination.rounds import next_look_s
 from diloco_ray.coordination.state import Rules, ended
@@ -45,6 +55,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     def say(self, event: Event) -> None:
         self.mail.append(event)
+        if isinstance(event, Submitted):
+            self.world.verdicts.pop((event.contribution.key, event.contribution.payload_sha256), None)
         self.world.receive(event)
 
     # ---- islands ----
@@ -86,8 +98,8 @@ class AnyOrder(RuleBasedStateMachine):
     def an_island_sends_its_next_fragment(self, name: str, payload: str) -> None:
         island = self.at_work(name)
         if island:
-            c = island.contribution(island.sent, payload)
-            self.say(Submitted(self.world.now_s, replace(c, codec="float32") if payload == "codec" else c))
+            c = self.post(island, island.sent, payload)
+            self.say(Submitted(self.world.now_s, c))
             self.hear_verdict(island, c)
 
     @rule(name=names, times=st.integers(1, 3))
@@ -121,7 +133,7 @@ class AnyOrder(RuleBasedStateMachine):
         """Messages overtake each other."""
         island = self.at_work(name)
         if island and island.sent + ahead < self.world.rules.num_fragments:
-            self.say(Submitted(self.world.now_s, island.contribution(island.sent + ahead)))
+            self.say(Submitted(self.world.now_s, self.post(island, island.sent + ahead)))
 
     def at_work(self, name: str) -> ToyIsland | None:
         island = self.world.islands.get(name)
@@ -138,10 +150,20 @@ class AnyOrder(RuleBasedStateMachine):
         for _ in range(2 * self.world.rules.num_fragments):
             island = self.at_work(name)
             if island:
-                c = island.contribution(island.sent)
+                c = self.post(island, island.sent)
                 self.say(Submitted(self.world.now_s, c))
                 self.world.run_jobs()
                 self.hear_verdict(island, c)
+
+    def post(self, island: ToyIsland, fragment: int, payload: str = "") -> Contribution:
+        """The same once more until its fate is known."""
+        plan, c = island.plan, island.contribution(fragment, payload)
+        posted = [old for p, old in island.outgoing if (p, old.key) == (plan, c.key)]
+        if posted or plan is None:
+            return posted[0]
+        c = replace(c, codec="float32") if payload == "codec" else c
+        self.world.hear(island, plan, c, Verdict("pending"))
+        return c
 
     def hear_verdict(self, island: ToyIsland, c: Contribution) -> None:
         world, plan = self.world, island.plan
