@@ -107,7 +107,10 @@ class ToyIsland:
             codec="int8",
             payload_sha256=payload or work,
             payload_bytes=100,
-            metrics={"inner_seconds": self.step_s * self.plan.inner_steps},
+            metrics={
+                "inner_seconds": self.step_s * self.plan.inner_steps,
+                "tokens": float(self.plan.inner_steps * RULES.sequences_per_inner_step * TOKENS_PER_SEQUENCE),
+            },
         )
 
 
