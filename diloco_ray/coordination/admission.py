@@ -55,14 +55,13 @@ def judge_header(state: RunState, c: Contribution) -> Verdict | None:
     return None
 
 
-def is_outdated(state: RunState, c: Contribution) -> bool:
-    """Whether the work that the contribution is of has become void: its base is too old, and will not get younger."""
-    ours = c.run_id == state.rules.run_id and is_current(state.members, c.island, c.incarnation)
-    if state.rules.in_step or not ours or ended(state):
-        return False
+def is_outdated(state: RunState, c: Contribution, verdict: Verdict) -> bool:
+    """Whether it is refused because the base of work in hand is too old: nothing that comes of that work would do."""
     plan = plan_of(state, c)
-    waits = plan is not None and not state.is_whole(plan) and c.key not in state.inbox
-    return waits and bool(_time_problem(state, c, plan))
+    if state.rules.in_step or plan is None or state.is_whole(plan):
+        return False
+    problem = _time_problem(state, c, plan)
+    return bool(problem) and verdict == refuse(f"stale: {problem}")
 
 
 def plan_of(state: RunState, c: Contribution) -> InnerPlan | None:

@@ -32,12 +32,12 @@ def _open_round(state: RunState, now_s: float) -> Step:
     A joiner that has waited long enough for the open round to close gets work as well: who is at work may be hung.
     """
     rules = state.rules
-    taking_part = _taking_part(state, state.round)
-    room = max(0, rules.islands_in(state.round) - len(taking_part))
+    here = taking_part(state, state.round)
+    room = max(0, rules.islands_in(state.round) - len(here))
     idle = [name for name in state.alive if not state.plans.get(name)][:room]
-    if not taking_part and len(idle) < _least(state):
+    if not here and len(idle) < _least(state):
         return state, []
-    if state.opened == state.round and len(taking_part) >= _least(state):
+    if state.opened == state.round and len(here) >= _least(state):
         idle = [name for name in idle if now_s - state.members[name].joined_s > rules.waiting_timeout_s]
     phase = "training" if state.phase == "gathering" else state.phase
     state = replace(state, phase=phase, opened=state.round)
@@ -46,7 +46,7 @@ def _open_round(state: RunState, now_s: float) -> Step:
     return issue_plans(state, idle), [Note(f"round {state.round + 1}: {', '.join(idle)} at work")]
 
 
-def _taking_part(state: RunState, round: int) -> list[str]:
+def taking_part(state: RunState, round: int) -> list[str]:
     """Islands with work for this round, done or not."""
     return [name for name, plans in state.plans.items() if any(p.first_round <= round <= p.round for p in plans)]
 
@@ -89,7 +89,7 @@ def issue_plans(state: RunState, islands: list[str]) -> RunState:
     for island in sorted(islands, key=lambda island: (island not in holders, island)):
         first = _next_round(state, island)
         if not state.rules.in_step or (
-            first < state.rules.num_rounds and len(_taking_part(state, first)) < state.rules.islands_in(first)
+            first < state.rules.num_rounds and len(taking_part(state, first)) < state.rules.islands_in(first)
         ):
             state = _issue(state, island, first)
     return state

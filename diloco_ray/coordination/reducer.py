@@ -30,7 +30,7 @@ from diloco_ray.coordination.messages import (
     Tick,
     Verdict,
 )
-from diloco_ray.coordination.plans import Step, hand_out_work, issue_plans, revoke, void, watch_the_wait
+from diloco_ray.coordination.plans import Step, hand_out_work, issue_plans, revoke, taking_part, void, watch_the_wait
 from diloco_ray.coordination.rounds import close_fragments, committed
 from diloco_ray.coordination.state import Accepted, RunState, ended
 
@@ -111,7 +111,8 @@ def _take_up(state: RunState, island: str, held: InnerPlan) -> Step:
         and membership.is_current(state.members, island, held.incarnation)
         and 0 <= held.silent_steps < held.inner_steps <= held.silent_steps + rules.inner_steps_per_round
         and held.first_round <= following <= held.round
-        and (held.round < rules.num_rounds or not rules.in_step)
+        and (not rules.in_step or held.round < rules.num_rounds)
+        and (not rules.in_step or len(taking_part(state, held.round)) < rules.islands_in(held.round))
         and sum(r.num_sequences for r in held.ranges) == held.inner_steps * rules.sequences_per_inner_step
     )
     ledger = state.ledger.adopt(held.lease_id, island, held.ranges) if fits else None
@@ -151,7 +152,7 @@ def _submitted(state: RunState, event: Submitted) -> Step:
         state = replace(state, offered=state.offered | {c.island})
     if verdict is None:
         return _awaited(state, c)
-    if verdict.status == "rejected" and is_outdated(state, c):
+    if is_outdated(state, c, verdict):
         state = void(state, c.island, "expired")
     commands: list[Command] = [] if verdict.status == "pending" else [Answer(c, verdict)]
     if verdict.status == "rejected":

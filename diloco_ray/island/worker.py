@@ -150,7 +150,7 @@ class Island:
 
     def _begin_afresh(self, plan: InnerPlan) -> Iterator[Moment]:
         """From the global model, with the optimizer's state at the start of this round if there is a checkpoint."""
-        yield from self._wait_until(lambda: self.exchange.index >= plan.base_index, plan)
+        yield from self._wait_until(partial(self._may_begin_afresh, plan), plan)
         self._due.clear()
         outer, uplink = self.job.outer, get_codec(self.job.sync.uplink)
         for fragment in self.job.layout.fragments:
@@ -162,6 +162,12 @@ class Island:
             sizes = [fragment.num_values for fragment in self.job.layout.fragments]
             self._corrections = [EagerCorrection(size, outer.build(), uplink) for size in sizes]
         self._load_optimizer(plan.first_round)
+
+    def _may_begin_afresh(self, plan: InnerPlan) -> bool:
+        """Where islands go in step, whoever holds work ahead of an open round waits for what its own begins with."""
+        fragments = range(len(self.job.layout.fragments) if self.job.sync.closes == "all" else 0)
+        before = plan.first_round - 1
+        return self.exchange.index >= plan.base_index and all(self.exchange.has_closed(p, before) for p in fragments)
 
     def _finish(self, plan: InnerPlan, num_steps: int) -> None:
         """The inner loop is done; what is saved is there before the contribution that closes the round is sent."""

@@ -316,6 +316,17 @@ def test_an_island_that_lags_too_far_begins_afresh_with_its_data(overlap: int):
     assert world.shares() == [("slow", 0)]
 
 
+@pytest.mark.parametrize(
+    "lie", [{"run_id": "other"}, {"protocol_version": 99}, {"incarnation": 0}, {"lease_id": "9.9"}]
+)
+def test_what_is_not_of_the_work_in_hand_does_not_end_it(lie: dict[str, object]):
+    world = by_arrival("a", "slow", max_staleness=2)
+    plan = world.plan("slow")
+    world.work("a", "a", "a")
+    assert world.submit(replace(world.islands["slow"].contribution(0), **lie)).status == "rejected"
+    assert world.plan("slow") == plan
+
+
 # ---- strikes and losses with work in hand ----
 
 

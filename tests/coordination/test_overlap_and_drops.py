@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from toy_world import RULES, TOKENS_PER_SEQUENCE, World, at_work
 
-from diloco_ray.coordination.messages import Verdict
+from diloco_ray.coordination.messages import Lost, Verdict
 from diloco_ray.coordination.plans import is_dropped, islands_by_round
 from diloco_ray.coordination.rounds import next_look_s
 from diloco_ray.ids import island_name
@@ -463,6 +463,19 @@ def test_an_island_takes_part_for_one_that_is_lost_and_not_beside_it():
     assert world.at_work == ("b", "c")
     world.work()
     assert world.shares() == [("b", 0), ("c", 0)]
+
+
+def test_an_island_that_comes_back_when_its_place_is_taken_waits_for_a_later_round():
+    world = scheduled("doubling", 4, min_islands=2, quorum=2)
+    world.receive(Lost(0.0, "a", "", "partition"))
+    assert world.at_work == ("b", "c")
+    world.hello("a")
+    assert world.at_work == ("b", "c")
+    assert world.notes[-1] == "a: work on round 1 is void; it gets a new plan"
+    for _ in range(2):
+        world.work()
+    assert world.state.round == 2
+    assert world.at_work == ("a", "b", "c", "d")
 
 
 def test_a_plan_says_how_many_contribute_with_it():

@@ -109,7 +109,7 @@ class ToyIsland:
             payload_bytes=100,
             metrics={
                 "inner_seconds": self.step_s * self.plan.inner_steps,
-                "tokens": float(self.plan.inner_steps * RULES.sequences_per_inner_step * TOKENS_PER_SEQUENCE),
+                "tokens": float(sum(r.num_sequences for r in self.plan.ranges) * TOKENS_PER_SEQUENCE),
             },
         )
 
@@ -304,7 +304,7 @@ class World:
         first = max(0, plan.first_round - self.lag)
         if self.rules.in_step and island.stands_at == plan.first_round:
             island.begun, island.bases = plan.lease_id, (first,) * self.rules.num_fragments
-        elif not self.rules.in_step or min(self.log_versions) >= first:
+        elif not self.rules.in_step or min(self.log_versions) >= plan.first_round:
             island.begun, island.bases, island.stands_at = plan.lease_id, tuple(self.log_versions), -1
 
     @property
