@@ -57,7 +57,8 @@ def judge_header(state: RunState, c: Contribution) -> Verdict | None:
 
 def is_outdated(state: RunState, c: Contribution) -> bool:
     """Whether the work that the contribution is of has become void: its base is too old, and will not get younger."""
-    if state.rules.in_step or not is_current(state.members, c.island, c.incarnation) or ended(state):
+    is_ours = c.run_id == state.rules.run_id and 0 <= c.fragment < state.rules.num_fragments
+    if state.rules.in_step or not is_ours or not is_current(state.members, c.island, c.incarnation) or ended(state):
         return False
     plan = plan_of(state, c)
     waits = plan is not None and not state.is_whole(plan) and c.key not in state.inbox
