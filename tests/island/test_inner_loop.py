@@ -60,8 +60,7 @@ def loop_of(
 def train(model: nn.Module, inner: InnerSettings, batches: list[Tensor]) -> InnerResult:
     loop = loop_of(model, inner, batches)
     assert list(loop) == list(range(1, len(batches) + 1))
-    assert loop.num_steps == len(batches)
-    assert loop.num_tokens == sum(batch.numel() for batch in batches)
+    assert (loop.num_steps, loop.num_tokens) == (len(batches), sum(batch.numel() for batch in batches))
     return loop.result()
 
 
@@ -153,8 +152,7 @@ def test_the_means_are_those_of_the_steps_so_far() -> None:
     loop = loop_of(Bigrams(), settings(), data(4))
     for done in (1, 2, 3, 4):
         next(loop)
-        expected = train(Bigrams(), settings(), data(done))
-        assert loop.result() == expected
+        assert loop.result() == train(Bigrams(), settings(), data(done))
         assert (loop.num_steps, loop.num_tokens) == (done, done * 4 * 6)
 
 
