@@ -89,14 +89,17 @@ def _joined(state: RunState, event: Joined) -> Step:
     )
     state = replace(state, members=with_member(state.members, member))
     commands.append(Note(f"{event.island} joined (incarnation {member.incarnation}, pid {event.pid} on {event.node})"))
+    held = {plan.lease_id for plan in event.held}
     for plan in event.held:
         if plan.lease_id not in {known.lease_id for known in state.plans.get(event.island, ())}:
-            state, more = _take_up(state, event.island, plan)
+            # Work that was given since, and that the island has yet to hear of, replaces what it holds.
+            replaced = any(new.lease_id not in held for new in state.open_plans(event.island))
+            state, more = _take_up(state, event.island, plan, replaced)
             commands += more
     return state, commands
 
 
-def _take_up(state: RunState, island: str, held: InnerPlan) -> Step:
+def _take_up(state: RunState, island: str, held: InnerPlan, replaced: bool) -> Step:
     """An island that outlived the coordinator goes on with its work if nobody else has got its data.
 
     Work that follows on work that is void is void as well: nobody would do the rounds between.
@@ -107,6 +110,7 @@ def _take_up(state: RunState, island: str, held: InnerPlan) -> Step:
         following = mine[-1].round + 1 if mine else state.round
     fits = (
         not ended(state)
+        and not replaced
         and held.island == island
         and membership.is_current(state.members, island, held.incarnation)
         and 0 <= held.silent_steps < held.inner_steps <= held.silent_steps + rules.inner_steps_per_round

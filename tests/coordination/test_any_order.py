@@ -193,8 +193,8 @@ class AnyOrder(RuleBasedStateMachine):
         goal = world.state.round + 2
         if self.gets_to(goal):
             return
-        rules, healthy = world.rules, [name for name, island in world.islands.items() if not island.hung]
-        enough = max(rules.min_islands, rules.quorum)
+        healthy = [i for i in world.islands.values() if not i.hung and world.standing(i.name) == "alive"]
+        enough = max(world.rules.min_islands, world.rules.quorum)
         assert len(healthy) < enough or self.may_wait_for_the_hung, f"it does not get on: {world.state}"
         for name in [name for name, island in world.islands.items() if island.hung]:
             self.world.lose(name)
@@ -220,7 +220,8 @@ class AnyOrder(RuleBasedStateMachine):
                 self.send_all(name)
             world.run_jobs()
             look_s = next_look_s(world.state)
-            world.pass_time(5.0 if look_s is None else min(5.0, max(0.5, look_s - world.now_s)))
+            ahead_s = 5.0 if look_s is None or look_s <= world.now_s else look_s - world.now_s
+            world.pass_time(min(5.0, max(0.5, ahead_s)))
         return False
 
 

@@ -360,6 +360,21 @@ def test_a_silent_island_that_is_lost_repeats_its_rounds_from_the_open_one():
     assert world.ranges("island-01") == (replace(ranges[0], stop=ranges[0].start + 4),)
 
 
+def test_an_island_that_says_hello_with_work_that_was_replaced_hears_of_the_new():
+    world = dropping(1, 2, rounds=range(2), min_islands=1, quorum=1, overlap=H)
+    old = world.islands["island-01"].held
+    assert [plan.round for plan in old] == [2, 3]
+    world.lose("island-00")
+    given = world.state.plans["island-01"]
+    assert [plan.round for plan in given] == [0, 2]
+    world.hello("island-01")
+    assert world.state.plans["island-01"] == given
+    world.fetch_plan("island-01")
+    assert world.islands["island-01"].held == given
+    world.work("island-01")
+    assert world.shares() == [("island-01", 0)]
+
+
 def test_with_overlap_the_next_plan_follows_on_the_silent_rounds():
     world = dropping(1, rounds=range(2), overlap=H)
     assert [(plan.first_round, plan.round) for plan in world.state.plans["island-01"]] == [(0, 2), (3, 3)]
