@@ -58,7 +58,8 @@ def judge_header(state: RunState, c: Contribution) -> Verdict | None:
 def is_outdated(state: RunState, c: Contribution, verdict: Verdict) -> bool:
     """Whether it is refused because the base of work in hand is too old: nothing that comes of that work would do."""
     plan = plan_of(state, c)
-    if state.rules.in_step or plan is None or state.is_whole(plan):
+    in_hand = plan is not None and not state.is_whole(plan) and 0 <= c.fragment < state.rules.num_fragments
+    if state.rules.in_step or not in_hand:
         return False
     problem = _time_problem(state, c, plan)
     return bool(problem) and verdict == refuse(f"stale: {problem}")

@@ -265,9 +265,9 @@ class Exchange:
         return self._follower.index
 
     def has_closed(self, fragment: int, round: int) -> bool:
-        """Whether a contribution to this round would come too late."""
+        """Whether a contribution to this round would come too late, or has come from an earlier life of this island."""
         with self.bell:
-            return self._in_step and self._follower.received_version(fragment) > round
+            return self._is_final(fragment, round)
 
     def aim(self, fragment: int, round: int | None) -> None:
         """What the fragment is merged with next is the outer step of this round: no later one is replayed before."""

@@ -223,10 +223,11 @@ def test_work_from_a_base_that_is_too_old_is_given_up_and_its_data_leased_again(
     assert life.submit(*bad.contribution(again, base_version=base + 1)).status == "accepted"
 
 
-def test_an_older_process_does_not_end_the_work_of_the_newer_one(tmp_path: Path) -> None:
+def test_what_is_said_in_the_name_of_an_island_does_not_end_its_work(tmp_path: Path) -> None:
+    """By an older process of it, in another run, of a fragment that there is not."""
     room, plan, base = overtaken(tmp_path, closes="arrival")
     header, payload = room.bad.contribution(plan, base_version=base)
-    for lie in ({"incarnation": 0}, {"run_id": "another"}):
+    for lie in ({"incarnation": 0}, {"run_id": "another"}, {"fragment": 1}, {"fragment": -1}):
         assert room.life.submit(replace(header, **lie), payload).status == "rejected"  # type: ignore[arg-type]
         assert room.life.plan_of(room.bad) == plan
 

@@ -80,9 +80,9 @@ def test_of_each_fragment_two_are_kept_and_no_file_of_older_ones_is_left(store: 
 def test_one_of_another_step_or_damaged_or_missing_is_named(store: RunStore) -> None:
     log = saved(store, (1, 0))
     other = replace(log[0], payload_sha256="a" * 64)
-    with pytest.raises(CorruptionError, match="it is not of record 1") as caught:
+    with pytest.raises(StoreError, match="does not exist") as caught:
         Residuals(store, JOB.layout, [other])
-    assert caught.value.where == store.url_of("residuals/000-00000001")
+    assert caught.value.where == store.url_of("residuals/000-00000001-aaaaaaaaaaaa.json")
     (tensors,) = [name for name in store.list(FOLDER) if name.endswith(".safetensors")]
     store.write(f"{FOLDER}/{tensors}", b"not tensors")
     with pytest.raises(CorruptionError, match="sha256"):

@@ -60,6 +60,7 @@ def loop_of(
 def train(model: nn.Module, inner: InnerSettings, batches: list[Tensor]) -> InnerResult:
     loop = loop_of(model, inner, batches)
     assert list(loop) == list(range(1, len(batches) + 1))
+    assert (loop.num_steps, loop.num_tokens) == (len(batches), sum(batch.numel() for batch in batches))
     return loop.result()
 
 
@@ -83,7 +84,6 @@ def test_the_loop_is_the_plain_one() -> None:
     assert torch.equal(flat(ours), flat(theirs))
     assert result.loss == pytest.approx(sum(losses) / 5)
     assert result.gradient_norm == pytest.approx(sum(norms) / 5)
-    assert (result.num_steps, result.num_tokens) == (5, 5 * 4 * 6)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -94,7 +94,6 @@ def test_a_batch_computed_in_equal_parts_gives_the_step_of_the_whole(parts: int)
     torch.testing.assert_close(flat(cut), flat(whole), rtol=0.0, atol=1e-5)
     assert b.loss == pytest.approx(a.loss, abs=1e-5)
     assert b.gradient_norm == pytest.approx(a.gradient_norm, abs=1e-5)
-    assert b.num_tokens == a.num_tokens
     assert {sequences for _, sequences, _ in cut.seen} == {4 // parts}
 
 
@@ -153,9 +152,8 @@ def test_the_means_are_those_of_the_steps_so_far() -> None:
     loop = loop_of(Bigrams(), settings(), data(4))
     for done in (1, 2, 3, 4):
         next(loop)
-        expected = train(Bigrams(), settings(), data(done))
-        assert loop.result() == expected
-        assert (expected.num_steps, expected.num_tokens) == (done, done * 4 * 6)
+        assert loop.result() == train(Bigrams(), settings(), data(done))
+        assert (loop.num_steps, loop.num_tokens) == (done, done * 4 * 6)
 
 
 def test_a_loop_that_is_left_leaves_the_model_between_two_steps() -> None:
@@ -203,5 +201,5 @@ def test_no_batches_are_no_steps() -> None:
     model = Bigrams()
     before = flat(model)
     result = train(model, settings(), [])
-    assert (result.loss, result.gradient_norm, result.num_steps, result.num_tokens) == (0.0, 0.0, 0, 0)
+    assert (result.loss, result.gradient_norm) == (0.0, 0.0)
     assert torch.equal(flat(model), before)

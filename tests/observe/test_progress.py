@@ -78,7 +78,7 @@ def test_bytes_are_told_in_units_of_a_thousand(count: float, text: str) -> None:
 
 def test_a_round_is_one_line_with_all_that_is_asked_for() -> None:
     assert line_of(ROUND, 8) == (
-        "round 3/8 | alive 4 contributed 3 applied 2 | loss 2.3457 | 12,346 tokens/s | sync wait 10%"
+        "round 3/8 | alive 4 contributed 3 applied 2 | loss 2.3457 | 12,346 tokens/s | sync wait 10.0%"
         " | up 1.5 MB down 999 B"
     )
 
@@ -86,7 +86,7 @@ def test_a_round_is_one_line_with_all_that_is_asked_for() -> None:
 def test_a_round_without_a_finite_loss_or_any_time_is_a_line_as_well() -> None:
     line = line_of({**ROUND, "loss": None, "inner_s": 0.0, "sync_wait_s": 0.0}, 8)
     assert "loss not finite" in line
-    assert "sync wait 0%" in line
+    assert "sync wait 0.0%" in line
 
 
 def test_an_evaluation_names_its_outer_step() -> None:

@@ -127,7 +127,11 @@ def test_a_run_of_any_preset_cut_at_every_other_job_and_taken_up_again_is_whole(
         train_in_process(run)
         assert verify(run.store, replica_of).problems == ()
         assert tokens_balance(run)
-        assert "rejected" not in decisions(run)
+        refused = [line for line in decisions(run).splitlines() if "rejected" in line]
+        if run.config.sync.closes == "quorum":  # a round is repeated of which a fragment is committed: not once more
+            refused = [line for line in refused if not line.endswith("another payload with this key is committed")]
+        assert refused == []
+        assert RunLog.open(run.store).tail.tokens["rejected"] == 0
         assert digests(run)[: len(before)] == before
         tail, end = RunLog.open(run.store).tail, RunLog.open(whole.store).tail
         assert tail.round == end.round == 2
