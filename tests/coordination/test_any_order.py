@@ -290,7 +290,7 @@ class OutOfStep(AnyOrder):
 
 
 PROFILE = settings(
-    max_examples=100,
+    max_examples=150,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
