@@ -150,8 +150,8 @@ class Coordinator:
         records = self._feed.records_after(after, self.state.index)
         return News("ok", records, plan) if records or plan else None
 
-    def snapshot(self) -> SnapshotState:
-        return self._feed.snapshot()
+    def snapshot(self, first: bool = False) -> SnapshotState:
+        return self._feed.snapshot(first)
 
     def leave(self, island: str, incarnation: int, reason: str) -> None:
         self.receive(Left(self._now_s(), island, incarnation, reason))

@@ -39,10 +39,13 @@ class Feed:
         record = self._log.records[after + 1]
         return ((record, np.frombuffer(self._log.payload(record), np.uint8)),)
 
-    def snapshot(self) -> SnapshotState:
-        """The newest usable snapshot, read from the store: joiners need nobody's live memory."""
+    def snapshot(self, first: bool) -> SnapshotState:
+        """The newest usable snapshot, or the first, read from the store: joiners need nobody's live memory."""
         replica = self._new_replica()
-        index = self._load_newest(replica)
+        indices = (
+            [0] if first else [index for index in list_snapshots(self._log.store) if index < len(self._log.records)]
+        )
+        index = self._load_newest(indices, replica)
         fragments = [fragment.index for fragment in replica.layout.fragments]
         return SnapshotState(
             index,
@@ -52,9 +55,9 @@ class Feed:
             tuple(tuple(buffer.numpy() for buffer in replica.buffers(p)) for p in fragments),
         )
 
-    def _load_newest(self, replica: Replica) -> int:
+    def _load_newest(self, indices: list[int], replica: Replica) -> int:
         store, records = self._log.store, self._log.records
-        for index in reversed([index for index in list_snapshots(store) if index < len(records)]):
+        for index in reversed(indices):
             with contextlib.suppress(CorruptionError, StoreError):  # damaged, or pruned while it was read
                 if load_snapshot(store, index, replica) == records[index].digest():
                     return index

@@ -50,7 +50,8 @@ class Evaluator:
 
     def start(self) -> None:
         self._measured = self._transport.measured()
-        self._measure_if_due(self._follower.load_snapshot().round)
+        nothing_yet = not self._measured  # it may have come late: a short run can be over by now
+        self._measure_if_due(self._follower.load_snapshot(first=nothing_yet).round)
 
     def turn(self, wait_s: float) -> bool:
         """Follows the log; False when the run is over and measured."""

@@ -26,7 +26,6 @@ from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, Snaps
 
 STATUS = "status.json"
 TICK_S = 0.5
-SHORTEST_TICK_S = 0.005
 REMOTE_STATUS_EVERY_S = 10.0  # a bucket is not asked more often than this
 VERDICT_TIMEOUT_S = 50.0  # under one attempt of a caller, which then asks again
 
@@ -75,8 +74,8 @@ class CoordinatorActor:
     async def measured(self) -> set[int]:
         return self._coordinator.measured()
 
-    async def snapshot(self) -> SnapshotState:
-        return await asyncio.get_running_loop().run_in_executor(self._files, self._coordinator.snapshot)
+    async def snapshot(self, first: bool) -> SnapshotState:
+        return await asyncio.get_running_loop().run_in_executor(self._files, self._coordinator.snapshot, first)
 
     async def leave(self, island: str, incarnation: int, reason: str) -> None:
         self._heard(self._coordinator.leave(island, incarnation, reason))
@@ -122,10 +121,17 @@ class CoordinatorActor:
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
     async def _keep_time(self) -> None:
+        """Ticks twice a second, and besides when an outer step may be due."""
         loop = asyncio.get_running_loop()
-        written_s = 0.0
+        ticked_s = written_s = 0.0
         while True:
-            await asyncio.sleep(self._until_next_look_s())
+            due_s, look_s = ticked_s + TICK_S, next_look_s(self._coordinator.state)
+            if look_s is not None and look_s > ticked_s:
+                due_s = min(due_s, look_s)
+            if time.monotonic() < due_s:
+                await self._change(due_s - time.monotonic())
+                continue
+            ticked_s = time.monotonic()
             self._coordinator.tick()
             self._heard(None)
             every_s = TICK_S if self._store.is_local else REMOTE_STATUS_EVERY_S
@@ -133,12 +139,6 @@ class CoordinatorActor:
                 written_s = loop.time()
                 with contextlib.suppress(StoreError):  # a missed status is only that
                     await loop.run_in_executor(self._files, self._write_status, self._status())
-
-    def _until_next_look_s(self) -> float:
-        look_s = next_look_s(self._coordinator.state)
-        if look_s is None:
-            return TICK_S
-        return min(TICK_S, max(SHORTEST_TICK_S, look_s - time.monotonic()))
 
     def _clock_stopped(self, clock: "asyncio.Task[None]") -> None:
         """Without its clock a coordinator waits for ever: what stops the one ends the other."""

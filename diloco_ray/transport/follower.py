@@ -22,9 +22,9 @@ class Follower:
         self.index = -1
         self._waiting: list[deque[tuple[Record, Bytes]]] = [deque() for _ in replica.layout.fragments]
 
-    def load_snapshot(self) -> SnapshotState:
-        """Starts from the newest snapshot, and returns it; the tail of the log follows."""
-        state = self.transport.snapshot()
+    def load_snapshot(self, first: bool = False) -> SnapshotState:
+        """Starts from the newest snapshot, or the first, and returns it; the tail of the log follows."""
+        state = self.transport.snapshot(first)
         for fragment in self.replica.layout.fragments:
             p = fragment.index
             buffers = tuple(torch.from_numpy(b.copy()) for b in state.buffers[p])

@@ -38,8 +38,8 @@ class RayTransport:
     def follow(self, island: str, incarnation: int, after: int, wait_s: float, held: str = "") -> News:
         return self._call("follow", island, incarnation, after, wait_s, held, wait_s=wait_s)
 
-    def snapshot(self) -> SnapshotState:
-        return self._call("snapshot")
+    def snapshot(self, first: bool = False) -> SnapshotState:
+        return self._call("snapshot", first)
 
     def leave(self, island: str, incarnation: int, reason: str) -> None:
         self._call("leave", island, incarnation, reason)

@@ -115,7 +115,7 @@ class Script:
             time.sleep(0.002)
         return self.news.popleft() if self.news else News("ok")
 
-    def snapshot(self) -> SnapshotState:
+    def snapshot(self, first: bool = False) -> SnapshotState:
         assert self._snapshot is not None
         return self._snapshot
 

@@ -61,7 +61,7 @@ class Telephone:
     def follow(self, island: str, incarnation: int, after: int, wait_s: float, held: str = "") -> News:
         return News("ok")
 
-    def snapshot(self) -> SnapshotState:
+    def snapshot(self, first: bool = False) -> SnapshotState:
         raise AssertionError("no heart asks for a snapshot")
 
     def leave(self, island: str, incarnation: int, reason: str) -> None: ...
