@@ -29,24 +29,26 @@ SECTIONS = ("inner", "outer", "sync", "experiment")
 def plan_of(config: RunConfig, sources: Mapping[str, str]) -> dict[str, Any]:
     """A JSON document. sources: where a field comes from, by its path, if it is no default (`config.layered`).
 
+    merged_at is None where an island merges what has come, whenever it comes.
     bytes, and of a fragment its size, are None where the vocabulary or the model is not known yet; `unknown` says why.
     ConfigError for fragments that the model cannot be cut into.
     """
-    H, overlap = config.inner.steps_per_round, config.sync.overlap
+    H, sync = config.inner.steps_per_round, config.sync
+    as_it_comes = sync.closes == "quorum" and sync.overlap > 0
     shapes, unknown = _shapes(config)
     layout = layout_of(config, shapes) if shapes is not None else None
     fragments: list[dict[str, Any]] = [
-        {"fragment": index, "sent_at": step, "merged_at": step + overlap}
-        for index, step in enumerate(send_steps(H, config.sync.fragments, config.sync.offsets == "together"))
+        {"fragment": index, "sent_at": step, "merged_at": None if as_it_comes else step + sync.overlap}
+        for index, step in enumerate(send_steps(H, sync.fragments, sync.offsets == "together"))
     ]
     if layout:
         for line, fragment in zip(fragments, layout.fragments):
             line["tensors"], line["values"] = len(fragment.slots), fragment.num_values
-            line["bytes_up"] = get_codec(config.sync.uplink).num_bytes(fragment.num_values)
-            line["bytes_down"] = get_codec(config.sync.downlink).num_bytes(fragment.num_values)
+            line["bytes_up"] = get_codec(sync.uplink).num_bytes(fragment.num_values)
+            line["bytes_down"] = get_codec(sync.downlink).num_bytes(fragment.num_values)
     tokens = H * config.inner.batch_size * config.data.sequence_length
     return {
-        "preset": config.sync.preset,
+        "preset": sync.preset,
         "fields": {
             path: {"value": value, "from": sources.get(path, "default")}
             for path, value in flatten(config.model_dump(mode="json")).items()
@@ -100,17 +102,21 @@ def _field_table(document: Mapping[str, Any]) -> Table:
 
 
 def _fragment_table(fragments: list[dict[str, Any]], steps_per_round: int) -> Table:
-    """sent, merged after: inner step of a round; (next): of the round after the one it was sent in."""
     table = Table(box=None, pad_edge=False)
     for column in ("fragment", "tensors", "values", "sent after", "merged after", "up", "down"):
         table.add_column(column, justify="right")
     for line in fragments:
-        later, step = divmod(line["merged_at"] - 1, steps_per_round)
-        merged = f"{step + 1}" + (" (next)" if later else "")
+        merged = "as it comes" if line["merged_at"] is None else _step_of(line["merged_at"], steps_per_round)
         sizes = [human_bytes(line[way]) if way in line else "" for way in ("bytes_up", "bytes_down")]
         counts = [f"{line[count]:,}" if count in line else "" for count in ("tensors", "values")]
         table.add_row(str(line["fragment"]), *counts, str(line["sent_at"]), merged, *sizes)
     return table
+
+
+def _step_of(count: int, steps_per_round: int) -> str:
+    """An inner step of a round; (next): of the round after the one that the count began in."""
+    later, step = divmod(count - 1, steps_per_round)
+    return f"{step + 1}" + " (next)" * (later > 0)
 
 
 def layout_of(config: RunConfig, shapes: Mapping[str, tuple[int, ...]]) -> Layout:

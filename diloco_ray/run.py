@@ -15,7 +15,7 @@ from typing import Any
 from diloco_ray.algorithm.codecs import get_codec
 from diloco_ray.algorithm.fragments import Layout
 from diloco_ray.config import RunConfig, differences
-from diloco_ray.coordination.plans import islands_by_round
+from diloco_ray.coordination.experiments import islands_by_round
 from diloco_ray.coordination.state import Rules
 from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.data.batches import check_fills_a_batch

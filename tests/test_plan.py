@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.table import Table
 from typer.testing import CliRunner
 
 from diloco_ray.algorithm.codecs import get_codec
@@ -51,6 +52,13 @@ def test_the_arithmetic_is_that_of_the_run_itself(tiny: dict[str, Any]) -> None:
     }
     assert (plan["rounds"], plan["inner_steps"], plan["islands"]) == (4, 24, [3, 3])
     assert plan["tokens"] == {"island_round": 6 * 4 * 32, "run": 4 * 3 * 6 * 4 * 32}
+
+
+def test_where_steps_are_merged_as_they_come_no_inner_step_is_told(tiny: dict[str, Any]) -> None:
+    plan = planned(tiny, "sync.preset=decoupled", "sync.fragments=3")
+    assert [line["merged_at"] for line in plan["fragments"]] == [None] * 3
+    table = next(part for part in plan_parts(plan)[::-1] if isinstance(part, Table))
+    assert [*table.columns[4].cells] == ["as it comes"] * 3
 
 
 def test_where_every_arrival_is_a_step_each_island_receives_all_of_them(tiny: dict[str, Any]) -> None:

@@ -29,7 +29,8 @@ def main() -> int:
     possible = [claim for _, claim in claims if corpus.label_column or not claim.needs_labels]
     names = dict.fromkeys(variant.name for claim in possible for variant in claim.variants)
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    outcomes = carry_out(Laboratory(corpus, arguments.runs), names, arguments.seeds, arguments.workers, say)
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    outcomes = carry_out(Laboratory(corpus, arguments.runs), names, seeds, arguments.workers, say)
     findings: Findings = [
         (row, find(claim, *(final_losses(outcomes[v.name]) for v in claim.variants)) if claim in possible else None)
         for row, claim in claims
@@ -51,7 +52,8 @@ def _arguments() -> argparse.Namespace:
         "python -m benchmarks.science", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--claims", choices=("core", "all"), default="core")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="SEED", help="they are SEED, SEED + 1, ..")
     parser.add_argument("--corpus", default=str(CORPUS))
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", help="of the corpus; with it, the non-iid row is run: a label per island")
@@ -70,6 +72,7 @@ def _command(arguments: argparse.Namespace) -> str:
     parts = ["python -m benchmarks.science"]
     parts += [f"--claims {arguments.claims}"] if not arguments.only else []
     parts += [f"--seeds {arguments.seeds}"]
+    parts += [f"--first-seed {arguments.first_seed}"] if arguments.first_seed else []
     if arguments.corpus != str(CORPUS):
         parts += [f"--corpus {shlex.quote(Path(arguments.corpus).name)}"]
     if arguments.label_column:

@@ -89,21 +89,22 @@ class Laboratory:
 
 
 def carry_out(
-    laboratory: Laboratory, names: Iterable[str], num_seeds: int, num_workers: int, say: Callable[[str], None]
+    laboratory: Laboratory, names: Iterable[str], seeds: Sequence[int], num_workers: int, say: Callable[[str], None]
 ) -> Outcomes:
     """Trains what is not trained yet: warm starts, then all in-process variants, then those on Ray, one by one."""
     variants = [VARIANTS[name] for name in names]
-    for config in [laboratory.warm_start(0), *(laboratory.config(variant, 0) for variant in variants)]:
+    first = seeds[0]
+    for config in [laboratory.warm_start(first), *(laboratory.config(variant, first) for variant in variants)]:
         prepare(config.data, config.prepared_url)  # once, before workers ask for it together
-    seeds = {variant: range(1 if variant.on_ray else num_seeds) for variant in variants}
+    seeds_of = {variant: seeds[:1] if variant.on_ray else seeds for variant in variants}
     found: dict[tuple[Variant, int], Outcome] = {}
     pool = ProcessPoolExecutor(num_workers, get_context("spawn"), torch.set_num_threads, (1,))
     try:
-        warm = set(chain.from_iterable(seeds[variant] for variant in variants if not variant.from_scratch))
+        warm = set(chain.from_iterable(seeds_of[variant] for variant in variants if not variant.from_scratch))
         starting = {pool.submit(_warm_start, laboratory.warm_start(seed)): seed for seed in sorted(warm)}
         for done in as_completed(starting):
             say(_line("warm start", starting[done], done.result()))
-        pairs = [(variant, seed) for variant in variants if not variant.on_ray for seed in seeds[variant]]
+        pairs = [(variant, seed) for variant in variants if not variant.on_ray for seed in seeds_of[variant]]
         running = {pool.submit(_outcome, laboratory.config(*pair)): pair for pair in pairs}
         for number, done in enumerate(as_completed(running), start=1):
             variant, seed = running[done]
@@ -113,9 +114,9 @@ def carry_out(
         pool.shutdown(cancel_futures=True)
     for variant in variants:
         if variant.on_ray:
-            found[variant, 0] = _outcome(laboratory.config(variant, 0), on_ray=True)
-            say(_line(variant.name, 0, found[variant, 0]))
-    return {variant.name: [found[variant, seed] for seed in seeds[variant]] for variant in variants}
+            found[variant, first] = _outcome(laboratory.config(variant, first), on_ray=True)
+            say(_line(variant.name, first, found[variant, first]))
+    return {variant.name: [found[variant, seed] for seed in seeds_of[variant]] for variant in variants}
 
 
 def _line(name: str, seed: int, outcome: Outcome) -> str:

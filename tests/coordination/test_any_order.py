@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from toy_world import RULES, ToyIsland, World
 
+from diloco_ray.coordination.experiments import islands_by_round
 from diloco_ray.coordination.messages import (
     Committed,
     Contribution,
@@ -25,7 +26,6 @@ from diloco_ray.coordination.messages import (
     Submitted,
     Verdict,
 )
-from diloco_ray.coordination.plans import islands_by_round
 from diloco_ray.coordination.rounds import next_look_s
 from diloco_ray.coordination.state import Rules, ended
 from diloco_ray.ids import island_name

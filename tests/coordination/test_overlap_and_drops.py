@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from toy_world import RULES, TOKENS_PER_SEQUENCE, World, at_work
 
+from diloco_ray.coordination.experiments import is_dropped, islands_by_round
 from diloco_ray.coordination.messages import Lost, Verdict
-from diloco_ray.coordination.plans import is_dropped, islands_by_round
 from diloco_ray.coordination.rounds import next_look_s
 from diloco_ray.ids import island_name
 
