@@ -38,7 +38,7 @@ def main() -> int:
     print(table(findings))
     seconds = time.monotonic() - began
     if arguments.out:
-        write_page(arguments.out, _command(arguments), findings, outcomes, seconds)
+        write_page(arguments.out, _command(arguments), findings, outcomes)
     failed = [finding.claim for _, finding in findings if finding and finding.fails]
     for claim in failed:
         print(f"does not hold: {claim.of} against {claim.against}, {claim.threshold}")

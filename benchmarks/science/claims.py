@@ -156,7 +156,12 @@ CORE = (
     Row(
         "streaming",
         "loss 3.53 to 3.54, 35M (2501.18512)",
-        (Claim("4 fragments, tau 0", "DiLoCo", -0.5, 0.5), Claim("4 fragments, tau 5", "DiLoCo", at_most=2)),
+        (
+            Claim("4 fragments, tau 0", "DiLoCo", -0.5, 0.5),
+            Claim("4 fragments, tau 5", "DiLoCo", at_most=2),
+            unclaimed("4 fragments, tau 5, 0.7 / 0.9", "DiLoCo"),
+            unclaimed("4 fragments, tau 5, no mixing", "DiLoCo"),
+        ),
     ),
     Row(
         "eager",

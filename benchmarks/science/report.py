@@ -61,7 +61,7 @@ def runs_table(outcomes: Outcomes) -> str:
     return "\n".join(lines)
 
 
-def write_page(to: Path, command: str, findings: Findings, outcomes: Outcomes, seconds: float) -> None:
+def write_page(to: Path, command: str, findings: Findings, outcomes: Outcomes) -> None:
     """The page, and its figure beside it where the curves' variants were run."""
     to.parent.mkdir(parents=True, exist_ok=True)
     figure = ""
@@ -72,13 +72,19 @@ def write_page(to: Path, command: str, findings: Findings, outcomes: Outcomes, s
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     to.write_text(
         "# The papers' claims at toy size\n\n"
-        f"* Date: {date.today().isoformat()}. Machine: {machine}; {versions}. {seconds / 60:.0f} minutes.\n"
+        f"* Date: {date.today().isoformat()}. Machine: {machine}; {versions}. {_duration(outcomes)}.\n"
         f"* Command: `{command}`.\n"
         "* Model and setting: `jobs/sotu_4islands_cpu.yaml` after `jobs/sotu_warm_start.yaml`; what a variant changes\n"
         "  is in the second table.\n\n"
         f"{table(findings)}\n\n{figure}{REMARKS}\n## The runs\n\n{runs_table(outcomes)}\n",
         encoding="utf-8",
     )
+
+
+def _duration(outcomes: Outcomes) -> str:
+    """Of the runs, whenever they were made."""
+    runs = [outcome for seeds in outcomes.values() for outcome in seeds]
+    return f"{len(runs)} runs of {sum(run.seconds for run in runs) / 60:.0f} minutes in all"
 
 
 def draw(outcomes: Outcomes, to: Path) -> None:

@@ -33,7 +33,8 @@ EIGHT = ("islands=8",)
 SGD_1 = ("outer.optimizer=sgd", "outer.learning_rate=1")
 LOW = ("outer.learning_rate=0.2",)
 DELAYED, EAGER = ("sync.overlap=25",), ("sync.overlap=25", "sync.eager=true")
-FRAGMENTS = ("sync.fragments=4", "sync.partition=balanced")
+FRAGMENTS = ("sync.fragments=4",)
+TAU_5 = (*FRAGMENTS, "sync.overlap=5", "sync.mixing=0.5")
 MUON = ("inner.optimizer=muon",)
 SPEEDS = ("experiment.speeds=[1, 0.75, 0.5, 0.25]",)
 
@@ -55,13 +56,15 @@ _ALL = (
     Variant("int8", _both("int8")),
     Variant("int4", _both("int4")),
     Variant("e3m0", _both("e3m0")),
-    Variant("ternary", ("sync.uplink=ternary",)),
-    Variant("ternary, feedback", ("sync.uplink=ternary", "sync.error_feedback=1")),
+    Variant("ternary", _both("ternary")),
+    Variant("ternary, feedback", (*_both("ternary"), "sync.error_feedback=1", "sync.downlink_error_feedback=true")),
     Variant("top-k", ("sync.uplink=topk",)),
     Variant("top-k, feedback", ("sync.uplink=topk", "sync.error_feedback=0.95")),
     Variant("4 fragments, tau 0", FRAGMENTS),
-    Variant("4 fragments, tau 5", (*FRAGMENTS, "sync.overlap=5", "sync.mixing=0.5")),
-    Variant("4 fragments, tau 5, e3m0", (*FRAGMENTS, "sync.overlap=5", "sync.mixing=0.5", *_both("e3m0"))),
+    Variant("4 fragments, tau 5", (*TAU_5, "outer.learning_rate=0.4")),  # the paper's own rate
+    Variant("4 fragments, tau 5, 0.7 / 0.9", TAU_5),
+    Variant("4 fragments, tau 5, no mixing", (*FRAGMENTS, "sync.overlap=5")),
+    Variant("4 fragments, tau 5, e3m0", (*TAU_5, "outer.learning_rate=0.4", *_both("e3m0"))),
     Variant("delayed 0.2 / 0.9", (*DELAYED, *LOW)),
     Variant("eager 0.2 / 0.9", (*EAGER, *LOW)),
     Variant("delayed SGD 1", (*DELAYED, *SGD_1)),
