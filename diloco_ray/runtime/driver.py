@@ -26,7 +26,7 @@ from diloco_ray.ids import island_name
 from diloco_ray.run import Run
 from diloco_ray.runtime.cluster import actor_options, describe_shortage, num_placeable
 from diloco_ray.runtime.coordinator_actor import MAX_WAITING_CALLS, CoordinatorActor
-from diloco_ray.runtime.island_actor import EvaluatorActor, IslandActor
+from diloco_ray.runtime.island_actor import PREEMPTED, EvaluatorActor, IslandActor
 
 POLL_S = 0.25
 EVALUATION_TIMEOUT_S = 600.0  # for what is left to measure when training is over
@@ -137,8 +137,9 @@ class _Driver:
 
     def _tend_island(self, life: Life, ref: Any) -> None:
         try:
-            ray.get(ref, timeout=POLL_S)
-            return  # the run is over for it
+            if ray.get(ref, timeout=POLL_S) == PREEMPTED:  # no failure: it comes back where there is room
+                self._start_island(life.name)
+            return
         except exceptions.RayError as error:
             reason = _reason(error)
             self._failures[life.name] = self._failures.get(life.name, 0) + 1
