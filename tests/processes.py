@@ -64,11 +64,11 @@ class Train:
             time.sleep(0.05)
         raise AssertionError(f"not reached in {DEADLINE_S} s: {self.status()}")
 
-    def wait_for_end(self) -> str:
-        """The output, once the command has succeeded."""
-        code = self._process.wait(timeout=DEADLINE_S)
+    def wait_for_end(self, code: int = 0) -> str:
+        """The output, once the command has ended with this exit code."""
+        found = self._process.wait(timeout=DEADLINE_S)
         text = self._log.read_text()
-        assert code == 0, f"exit {code}:\n{text[-3000:]}"
+        assert found == code, f"exit {found}, not {code}:\n{text[-3000:]}"
         return text
 
     def kill(self) -> None:

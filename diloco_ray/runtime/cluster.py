@@ -15,8 +15,11 @@ from diloco_ray.errors import ClusterError
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """This process's own Ray, else the one that `address` or RAY_ADDRESS names, else a local one for this run."""
+def connected(address: str | None, **local: Any) -> Iterator[None]:
+    """This process's own Ray, else the one that `address` or RAY_ADDRESS names, else a local one for this run.
+
+    local: more of ray.init's arguments, for a local one.
+    """
     if ray.is_initialized():
         yield
         return
@@ -33,6 +36,7 @@ def connected(address: str | None) -> Iterator[None]:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     _temp_dir=scratch,
+                    **local,
                 )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(
