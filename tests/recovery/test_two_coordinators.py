@@ -7,32 +7,46 @@ from typing import Any
 
 import pytest
 
-from tests.processes import assert_whole, run_folder, training, uninterrupted, write_recipe
+from diloco_ray.log.run_log import RunLog
+from diloco_ray.log.run_store import RunStore
+from tests.processes import Train, assert_whole, run_folder, training, uninterrupted, write_recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 FENCED = 6
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["alive", "frozen"])
-def test_of_two_commands_on_one_run_the_older_is_fenced_and_says_so(
-    tiny: dict[str, Any], tmp_path: Path, frozen: bool
+def test_the_same_command_again_fences_the_older_one_whether_that_is_alive_or_frozen(
+    tiny: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Frozen: the older coordinator is stopped in mid-run and goes on when the newer one has taken outer steps."""
-    recipe = {**tiny, "islands": 2, "rounds": 6, "inner": {**tiny["inner"], "steps_per_round": 700}}
-    expected = uninterrupted(recipe)
-    folder = run_folder(recipe)
-    (tmp_path / "older").mkdir()
-    with training(write_recipe(tmp_path / "older", recipe), folder) as older:
-        status = older.wait_until(lambda s: s["outer_steps"] == 1)
-        if frozen:
+    """Three commands on one run. The first waits for its island, which stands still, when the second comes; the
+    second's coordinator stands still while the third one ends the run."""
+    recipe = {**tiny, "islands": 1, "rounds": 10, "inner": {**tiny["inner"], "steps_per_round": 400}}
+    expected, folder = uninterrupted(recipe), run_folder(recipe)
+    paths = [tmp_path / name for name in ("first", "second", "third")]
+    for path in paths:
+        path.mkdir()
+    with training(write_recipe(paths[0], recipe), folder) as first:
+        status = first.wait_until(lambda s: s["outer_steps"] >= 1)
+        os.kill(status["islands"][0]["pid"], signal.SIGSTOP)
+        with training(write_recipe(paths[1], recipe), folder) as second:
+            status = second.wait_until(
+                lambda s: s["coordinator"]["fence_epoch"] == 2 and s["outer_steps"] > status["outer_steps"]
+            )
             os.kill(status["coordinator"]["pid"], signal.SIGSTOP)
-        with training(write_recipe(tmp_path, recipe), folder) as newer:
-            newer.wait_until(lambda s: s["coordinator"]["fence_epoch"] == 2 and s["outer_steps"] >= 3)
-            if frozen:
+            assert_fenced(first, folder, epoch=1)
+            with training(write_recipe(paths[2], recipe), folder) as third:
+                third.wait_for_end()
                 os.kill(status["coordinator"]["pid"], signal.SIGCONT)
-            output = older.wait_for_end(FENCED)
-            newer.wait_for_end()
-    assert "a newer coordinator (fence epoch 2) writes this run; this one has 1" in output
+                assert_fenced(second, folder, epoch=2)
+    assert_whole(folder, expected)
+    epochs = [record.fence_epoch for record in RunLog.open(RunStore(str(folder))).records]
+    assert epochs == sorted(epochs)
+    assert set(epochs) == {0, 1, 2, 3}
+
+
+def assert_fenced(train: Train, folder: Path, epoch: int) -> None:
+    """It stopped with its exit code, and said what, where and what to do."""
+    output = train.wait_for_end(FENCED)
+    assert f"a newer coordinator (fence epoch {epoch + 1}) writes this run; this one has {epoch}" in output
     assert f"where: {folder}" in output
     assert "what to do: let the newer one go on" in output
-    assert_whole(folder, expected)
