@@ -83,6 +83,7 @@ class _Driver:
         )
         self._names = [island_name(number) for number in range(run.config.max_islands)]
         self._seen = (0, 0)  # fence epoch, and how many of its events
+        self._quarantined: set[str] = set()
         self._lives: dict[Any, Life] = {}
         self._failures: dict[str, int] = {}
         self._evaluation: Any = None
@@ -141,6 +142,8 @@ class _Driver:
                 self._start_island(life.name)
             return
         except exceptions.RayError as error:
+            if life.name in self._quarantined:
+                return
             reason = _reason(error)
             self._failures[life.name] = self._failures.get(life.name, 0) + 1
             _raise_if_hopeless(error)
@@ -200,6 +203,7 @@ class _Driver:
                 time.sleep(POLL_S)
 
     def _show(self, status: dict[str, Any], events: list[dict[str, Any]]) -> None:
+        self._quarantined |= {i["name"] for i in status["islands"] if i["state"] == "quarantined"}
         fence_epoch, num_seen = status["coordinator"]["fence_epoch"], self._seen[1]
         self._seen = (fence_epoch, (num_seen if fence_epoch == self._seen[0] else 0) + len(events))
         self._watch(status, events)

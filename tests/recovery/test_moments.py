@@ -67,8 +67,8 @@ def test_an_island_ended_at_any_moment_of_its_round_comes_back_and_the_bits_are_
 ) -> None:
     recipe = {
         **tiny,
-        "rounds": 7,
-        "inner": {**tiny["inner"], "steps_per_round": 400},
+        "rounds": 6,
+        "inner": {**tiny["inner"], "steps_per_round": 300},
         "sync": {"heartbeat_every_s": 0.1, "heartbeat_timeout_s": 60},
         "experiment": {"speeds": [1.0, 0.4, 0.4]},
     }
