@@ -93,10 +93,8 @@ class _Watched:
     def tokens_per_s(self, within_s: float = math.inf) -> float:
         """Committed, from the first round on."""
         began_s, before = self.committed[0]
-        seconds, tokens = [(at_s - began_s, tokens) for at_s, tokens in self.committed if at_s - began_s <= within_s][
-            -1
-        ]
-        return (tokens - before) / seconds if seconds else 0.0
+        until_s, tokens = [seen for seen in self.committed if seen[0] - began_s <= within_s][-1]
+        return (tokens - before) / (until_s - began_s) if until_s > began_s else 0.0
 
     @property
     def rounds(self) -> Sequence[Mapping[str, Any]]:
@@ -115,8 +113,7 @@ def _report(calm: _Watched, stormy: _Watched, storm: Storm, storm_s: float, zomb
     proof = verify(stormy.run.store, replica_of)
     lost = sorted(stormy.told - {record.index for record in records})
     doubled = num_doubled(records)
-    goodput = stormy.tokens_per_s(storm_s) / calm.tokens_per_s()
-    tokens = proof.tokens
+    in_storm, in_calm, tokens = stormy.tokens_per_s(storm_s), calm.tokens_per_s(), proof.tokens
     invariants = {
         "the run succeeded": stormy.last["state"] == "succeeded",
         "as many faults hit as the rate says": len(storm.faults) >= storm.num_planned,
@@ -140,11 +137,7 @@ def _report(calm: _Watched, stormy: _Watched, storm: Storm, storm_s: float, zomb
         "rounds": records[-1].round,
         "outer_steps": len(records) - 1,
         "contributions": _spread(stormy.rounds),
-        "goodput": {
-            "calm_tokens_per_s": calm.tokens_per_s(),
-            "storm_tokens_per_s": stormy.tokens_per_s(storm_s),
-            "ratio": goodput,
-        },
+        "goodput": {"calm_tokens_per_s": in_calm, "storm_tokens_per_s": in_storm, "ratio": in_storm / in_calm},
         "loss": {"calm": calm.loss, "storm": stormy.loss, "difference": stormy.loss / calm.loss - 1.0},
         "tokens": tokens,
         "verify": {

@@ -25,11 +25,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 NODE = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 100_000_000}
 
 
-NOTICES_A_DEAD_NODE_SOON = {
+NOTICES_A_FROZEN_NODE = {  # within a quarter of a minute; Ray's own settings take a whole one
     "health_check_initial_delay_ms": 0,
-    "health_check_period_ms": 500,
-    "health_check_timeout_ms": 1000,
-    "health_check_failure_threshold": 4,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 5,
 }
 
 
@@ -37,7 +37,7 @@ NOTICES_A_DEAD_NODE_SOON = {
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head with room for two islands of one CPU each."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": NOTICES_A_DEAD_NODE_SOON})
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": NOTICES_A_FROZEN_NODE})
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         yield cluster
