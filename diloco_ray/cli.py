@@ -95,6 +95,39 @@ def train_recipe(config: Any) -> None:
 
 
 @app.command()
+def chaos(
+    recipe: Recipe,
+    set_: Set = [],  # noqa: B006
+    name: Name = None,
+    kills_per_hour: Annotated[float, typer.Option(min=1, help="Faults of all kinds.")] = 600,
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long the storm rages.")] = 15,
+    seed: Annotated[int, typer.Option(min=0, help="Of the storm; the recipe has its own.")] = 1,
+    as_json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Where the report goes as JSON.")
+    ] = None,
+) -> None:
+    """Storm a recipe's processes on a local Ray, and prove that the run withstood it.
+
+    Trains three times, into folders of their own: a short pilot, whose pace says how many rounds take --minutes on a
+    calm day; that many rounds in calm; and as many in the storm, which begins with the first whole round. When its
+    time is over, the run goes on to its end in peace. So it all takes somewhat more than twice --minutes.
+    Exit code 0 only where every invariant held, else 1.
+    """
+    from rich.console import Console
+
+    from diloco_ray.runtime.chaos import run_chaos, tables
+
+    report = run_chaos(_config(recipe, set_, name), kills_per_hour, minutes, seed, lambda text: print(text, flush=True))
+    if as_json:
+        with open(as_json, "w") as file:
+            json.dump(report, file, indent=2)
+    for part in tables(report):
+        Console(soft_wrap=True, highlight=False).print(part)
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def plan(
     recipe: Recipe,
     set_: Set = [],  # noqa: B006

@@ -1,4 +1,5 @@
-"""A run of the command line in a process group of its own, watched through `status --json` and ended by pid."""
+"""Runs with real processes: of the command line, in a process group of its own, watched through its status file; and
+of `fit` in a thread, watched through its own watcher. What they start is ended by pid."""
 
 import contextlib
 import json
@@ -6,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from diloco_ray.api import DiLoCoTrainer
 from diloco_ray.config import RunConfig
 from diloco_ray.document import replica_of
 from diloco_ray.log.run_log import RunLog
@@ -64,11 +67,11 @@ class Train:
             time.sleep(0.05)
         raise AssertionError(f"not reached in {DEADLINE_S} s: {self.status()}")
 
-    def wait_for_end(self) -> str:
-        """The output, once the command has succeeded."""
-        code = self._process.wait(timeout=DEADLINE_S)
+    def wait_for_end(self, code: int = 0) -> str:
+        """The output, once the command has ended with this exit code."""
+        found = self._process.wait(timeout=DEADLINE_S)
         text = self._log.read_text()
-        assert code == 0, f"exit {code}:\n{text[-3000:]}"
+        assert found == code, f"exit {found}, not {code}:\n{text[-3000:]}"
         return text
 
     def kill(self) -> None:
@@ -94,6 +97,44 @@ def training(recipe: Path, folder: Path) -> Iterator[Train]:
         yield train
     finally:
         train.stop()
+
+
+class Watched:
+    """fit() in a thread, seen through its own watcher."""
+
+    def __init__(self, config: RunConfig):
+        self.status: dict[str, Any] = {}
+        self.texts: list[str] = []
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._fit, args=(config,), daemon=True)
+        self._thread.start()
+
+    def _fit(self, config: RunConfig) -> None:
+        try:
+            DiLoCoTrainer(config).fit(watch=self._watch)
+        except BaseException as error:
+            self.error = error
+
+    def _watch(self, status: Any, events: list[dict[str, Any]]) -> None:
+        self.status = dict(status) or self.status
+        self.texts += [event["text"] for event in events if event["event"] == "decision"]
+
+    def wait_until(self, condition: Callable[[dict[str, Any]], bool], what: str) -> None:
+        until = time.monotonic() + 120
+        while not (self.status and condition(self.status)):
+            assert self.error is None, self.error
+            assert time.monotonic() < until, f"{what}: {self.status}"
+            time.sleep(0.05)
+
+    def join(self) -> None:
+        self._thread.join(timeout=200)
+        assert not self._thread.is_alive()
+        if self.error:
+            raise self.error
+
+
+def num_alive(status: dict[str, Any]) -> int:
+    return sum(island["state"] == "alive" for island in status["islands"])
 
 
 def digests(folder: Path) -> list[str]:

@@ -43,12 +43,10 @@ class Exchange:
         self.base_versions = [0 for _ in sizes]
         self._targets: list[int | None] = [None for _ in sizes]  # versions to replay to; None: the newest
         self._own_rounds = [-1 for _ in sizes]  # of this island, committed
-        self._plans = Plans()
-        self._outbox = Outbox(job)
+        self._plans, self._outbox = Plans(), Outbox(job)
         self.residuals = self._outbox.residuals
         self._error: Exception | None = None
-        self._hello = threading.Lock()
-        self.bell = Bell()
+        self.bell, self._hello = Bell(), threading.Lock()
         self._posted: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
@@ -66,6 +64,8 @@ class Exchange:
     def say_hello(self) -> None:
         """Takes or keeps the name; raises FencedError where another process holds it."""
         with self._hello:
+            if self.over:
+                return
             who, held = self.identity, self._held()
             welcome = self.transport.join(Hello(who.island, who.process, who.pid, who.node, self.incarnation, held))
             if welcome.problem:
@@ -86,9 +86,13 @@ class Exchange:
         threads = {"send": self._send_on, "listen": lambda: self._listen_on(follow_s)}
         self._threads = [start_thread(name, work, self.fail) for name, work in threads.items()]
 
-    def stop(self) -> None:
-        self.over = True
+    def stop(self, settle_s: float = 0.0) -> None:
+        """What is posted may be sent and answered in this time. Whoever stops says no hello any more."""
         self._posted.put(None)
+        for sending in self._threads[:1]:
+            sending.join(settle_s)
+        with self._hello:  # one under way comes before the farewell
+            self.over = True
 
     def fail(self, error: Exception) -> None:
         """Ends the island, on its training thread."""
@@ -129,8 +133,7 @@ class Exchange:
     # ---- plans ----
 
     def next_plan(self) -> InnerPlan | None:
-        if self._error:
-            raise self._error
+        self.check()
         with self.bell:
             return self._plans.take()
 
@@ -233,7 +236,9 @@ class Exchange:
                     p = record.fragment
                     self._own_rounds[p] = max([self._own_rounds[p], *own])
                     self._follower.replay(p, self._targets[p])
-                self._forget_what_is_final()
+                self._outbox.drop(
+                    lambda item: bool(item.contribution) and self._is_final(item.fragment.index, item.plan.round)
+                )
                 if news.plan:
                     self._plans.receive(news.plan, self._outbox.plans)
         if self._said_hello:
@@ -247,11 +252,6 @@ class Exchange:
         for item in items:
             if item.contribution:
                 self._submit(item, item.contribution)
-
-    def _forget_what_is_final(self) -> None:
-        self._outbox.drop(
-            lambda item: item.contribution is not None and self._is_final(item.fragment.index, item.plan.round)
-        )
 
     def _is_final(self, fragment: int, round: int) -> bool:
         if self._in_step:

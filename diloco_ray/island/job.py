@@ -43,3 +43,7 @@ class RoundAbandonedError(Exception):
 
 class RunOverError(Exception):
     """Raised between two inner steps: the run has ended."""
+
+
+class PreemptedError(Exception):
+    """Raised between two inner steps: the machine, or this process's place on it, is to be taken away."""

@@ -93,8 +93,6 @@ class Island:
             while True:
                 self.exchange.poll()
                 while (plan := self.exchange.next_plan()) is None:
-                    if self.exchange.over:
-                        return
                     yield "wait"
                     self.exchange.poll()
                 try:

@@ -8,14 +8,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private.state import state as rays_state
 
 from diloco_ray.config import ClusterSettings
 from diloco_ray.errors import ClusterError
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """This process's own Ray, else the one that `address` or RAY_ADDRESS names, else a local one for this run."""
+def connected(address: str | None, **local: Any) -> Iterator[None]:
+    """This process's own Ray, else the one that `address` or RAY_ADDRESS names, else a local one for this run.
+
+    local: more of ray.init's arguments, for a local one.
+    """
     if ray.is_initialized():
         yield
         return
@@ -32,6 +36,7 @@ def connected(address: str | None) -> Iterator[None]:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     _temp_dir=scratch,
+                    **local,
                 )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(
@@ -56,6 +61,15 @@ def _fits(node: dict[str, Any], settings: ClusterSettings) -> int:
         return 0
     wanted = {name: amount for name, amount in settings.island_resources.items() if amount > 0}
     return min(int(node["Resources"].get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items())
+
+
+def this_node_is_draining() -> bool:
+    """Whether Ray is about to take away the node that this worker runs on: preemption, scaling down, `ray drain-node`.
+
+    Ray has no public word for it; Ray Train asks the same way. A Ray that does not know the question drains nothing.
+    """
+    draining = getattr(rays_state, "get_draining_nodes", dict)
+    return ray.get_runtime_context().get_node_id() in draining()
 
 
 def describe_shortage(settings: ClusterSettings, least: int) -> str:

@@ -26,7 +26,7 @@ from diloco_ray.ids import island_name
 from diloco_ray.run import Run
 from diloco_ray.runtime.cluster import actor_options, describe_shortage, num_placeable
 from diloco_ray.runtime.coordinator_actor import MAX_WAITING_CALLS, CoordinatorActor
-from diloco_ray.runtime.island_actor import EvaluatorActor, IslandActor
+from diloco_ray.runtime.island_actor import PREEMPTED, EvaluatorActor, IslandActor
 
 POLL_S = 0.25
 EVALUATION_TIMEOUT_S = 600.0  # for what is left to measure when training is over
@@ -83,6 +83,7 @@ class _Driver:
         )
         self._names = [island_name(number) for number in range(run.config.max_islands)]
         self._seen = (0, 0)  # fence epoch, and how many of its events
+        self._quarantined: set[str] = set()
         self._lives: dict[Any, Life] = {}
         self._failures: dict[str, int] = {}
         self._evaluation: Any = None
@@ -137,9 +138,12 @@ class _Driver:
 
     def _tend_island(self, life: Life, ref: Any) -> None:
         try:
-            ray.get(ref, timeout=POLL_S)
-            return  # the run is over for it
+            if ray.get(ref, timeout=POLL_S) == PREEMPTED:  # no failure: it comes back where there is room
+                self._start_island(life.name)
+            return
         except exceptions.RayError as error:
+            if life.name in self._quarantined:
+                return
             reason = _reason(error)
             self._failures[life.name] = self._failures.get(life.name, 0) + 1
             _raise_if_hopeless(error)
@@ -199,6 +203,7 @@ class _Driver:
                 time.sleep(POLL_S)
 
     def _show(self, status: dict[str, Any], events: list[dict[str, Any]]) -> None:
+        self._quarantined |= {i["name"] for i in status["islands"] if i["state"] == "quarantined"}
         fence_epoch, num_seen = status["coordinator"]["fence_epoch"], self._seen[1]
         self._seen = (fence_epoch, (num_seen if fence_epoch == self._seen[0] else 0) + len(events))
         self._watch(status, events)

@@ -240,6 +240,16 @@ def test_a_run_that_is_over_and_a_lost_name_end_the_work(tmp_path: Path) -> None
         exchange.check(PLAN)
 
 
+def test_whoever_has_left_says_no_hello_however_it_is_asked(tmp_path: Path) -> None:
+    line = Script(begin_of(tmp_path)[0])
+    exchange = started(line)
+    num_hellos = len(line.hellos)
+    exchange.stop()
+    line.news.append(News("rejoin"))
+    exchange.poll()
+    assert len(line.hellos) == num_hellos
+
+
 # ---- merging ----
 
 
@@ -449,6 +459,18 @@ def test_posting_does_not_wait_for_what_is_being_sent(tmp_path: Path, threads: S
     settle(exchange, 0)
     wait_for(lambda: len(records(room.store)) == 2)
     assert [header.fragment for header, _ in room.line.sent] == [0, 1]
+
+
+def test_an_island_that_is_told_to_go_sends_what_is_posted_before(tmp_path: Path, threads: Start) -> None:
+    room = Room(tmp_path, num_islands=1)
+    (exchange,) = room.exchanges
+    plan = room.begin(exchange)
+    gate = Gate(threads(exchange))
+    room.post(exchange, plan)
+    assert gate.reached.wait(PATIENCE_S)
+    gate.open.set()
+    exchange.stop(PATIENCE_S)
+    assert [header.round for header, _ in room.line.sent] == [0]
 
 
 def test_a_plan_abandoned_while_it_is_encoded_is_not_sent_and_is_waited_for(tmp_path: Path, threads: Start) -> None:

@@ -33,16 +33,6 @@ def in_the_middle(train: Train, round: int) -> dict[str, Any]:
     return next(island for island in status["islands"] if is_in_the_middle(island, round))
 
 
-def test_a_killed_island_comes_back_and_the_bits_are_the_same(recipe: dict[str, Any], tmp_path: Path) -> None:
-    expected = uninterrupted(recipe)
-    with training(write_recipe(tmp_path, recipe), run_folder(recipe)) as train:
-        victim = in_the_middle(train, 2)
-        os.kill(victim["pid"], signal.SIGKILL)
-        train.wait_until(lambda s: any(i["name"] == victim["name"] and i["incarnation"] == 2 for i in s["islands"]))
-        train.wait_for_end()
-    assert_whole(run_folder(recipe), expected)
-
-
 def test_a_killed_coordinator_comes_back_and_the_run_goes_on_by_itself(recipe: dict[str, Any], tmp_path: Path) -> None:
     expected = uninterrupted(recipe)
     with training(write_recipe(tmp_path, recipe), run_folder(recipe)) as train:

@@ -1,32 +1,43 @@
 """Islands follow the cluster: too few places, more nodes, fewer nodes. Real nodes of one local Ray cluster."""
 
-import threading
-import time
-from collections.abc import Callable, Iterator
+import os
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import ray
 from ray._private.state import actors as all_actors
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from diloco_ray.api import DiLoCoTrainer
 from diloco_ray.config import RunConfig
 from diloco_ray.document import replica_of
 from diloco_ray.errors import ClusterError
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.verify import verify
-from tests.processes import run_folder
+from diloco_ray.runtime import driver
+from diloco_ray.runtime.coordinator_actor import CoordinatorActor
+from tests.processes import Watched, num_alive, run_folder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 NODE = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 100_000_000}
+
+
+NOTICES_A_FROZEN_NODE = {  # within a quarter of a minute; Ray's own settings take a whole one
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 5,
+}
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head with room for two islands of one CPU each."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": NOTICES_A_FROZEN_NODE})
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         yield cluster
@@ -35,42 +46,13 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-class Watched:
-    """fit() in a thread, seen through its own watcher."""
-
-    def __init__(self, config: RunConfig):
-        self.status: dict[str, Any] = {}
-        self.texts: list[str] = []
-        self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._fit, args=(config,), daemon=True)
-        self._thread.start()
-
-    def _fit(self, config: RunConfig) -> None:
-        try:
-            DiLoCoTrainer(config).fit(watch=self._watch)
-        except BaseException as error:
-            self.error = error
-
-    def _watch(self, status: Any, events: list[dict[str, Any]]) -> None:
-        self.status = dict(status) or self.status
-        self.texts += [event["text"] for event in events if event["event"] == "decision"]
-
-    def wait_until(self, condition: Callable[[dict[str, Any]], bool], what: str) -> None:
-        until = time.monotonic() + 120
-        while not (self.status and condition(self.status)):
-            assert self.error is None, self.error
-            assert time.monotonic() < until, f"{what}: {self.status}"
-            time.sleep(0.05)
-
-    def join(self) -> None:
-        self._thread.join(timeout=200)
-        assert not self._thread.is_alive()
-        if self.error:
-            raise self.error
+def add_node(cluster: Cluster) -> Any:
+    """With room for two islands more."""
+    return cluster.add_node(**{key: value for key, value in NODE.items() if key != "include_dashboard"})
 
 
-def num_alive(status: dict[str, Any]) -> int:
-    return sum(island["state"] == "alive" for island in status["islands"])
+def num_replaced(status: dict[str, Any]) -> int:
+    return sum(island["state"] == "alive" and island["incarnation"] == 2 for island in status["islands"])
 
 
 def test_more_islands_than_the_cluster_can_place_are_waited_for_and_then_refused(
@@ -97,7 +79,7 @@ def test_islands_join_as_nodes_come_and_the_others_go_on_as_nodes_go(cluster: Cl
     watched = Watched(RunConfig.from_dict(body))
     watched.wait_until(lambda s: s["rounds"] >= 1, "two islands train")
     assert num_alive(watched.status) == 2
-    node = cluster.add_node(**{key: value for key, value in NODE.items() if key != "include_dashboard"})
+    node = add_node(cluster)
     watched.wait_until(lambda s: s["contributions"]["applied"] == 4, "four islands train")
     cluster.remove_node(node, allow_graceful=False)
     watched.wait_until(lambda s: num_alive(s) == 2 and s["contributions"]["applied"] == 2, "two are left and go on")
@@ -105,6 +87,51 @@ def test_islands_join_as_nodes_come_and_the_others_go_on_as_nodes_go(cluster: Cl
     report = verify(RunStore(str(run_folder(body))), replica_of)
     assert report.problems == ()
     assert report.num_outer_steps == 40
+
+
+def test_a_frozen_node_takes_neither_the_run_nor_its_log_with_it_and_a_drained_one_gives_its_work_back(
+    cluster: Cluster, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frozen node's processes live on, cut off from Ray: two coordinators on one run store, and islands that go on
+    with the newer one until others take their names."""
+    first = add_node(cluster)
+
+    class OnTheFirst:
+        @staticmethod
+        def options(**options: Any) -> Any:
+            there = NodeAffinitySchedulingStrategy(first.node_id, soft=True)
+            return CoordinatorActor.options(**options, scheduling_strategy=there)
+
+    monkeypatch.setattr(driver, "CoordinatorActor", OnTheFirst)
+    body = {
+        **tiny,
+        "islands": [1, 4],
+        "rounds": 100,
+        "inner": {**tiny["inner"], "steps_per_round": 150},
+        "sync": {"heartbeat_every_s": 0.5, "heartbeat_timeout_s": 10},
+        "cluster": {"island_resources": {"CPU": 1}},
+    }
+    watched = Watched(RunConfig.from_dict(body))
+    watched.wait_until(lambda s: s["contributions"]["applied"] == 4, "four islands train")
+    before = watched.status
+    (raylet,) = first.all_processes["raylet"]
+    os.kill(raylet.process.pid, signal.SIGSTOP)
+    try:
+        watched.wait_until(lambda s: s["coordinator"]["fence_epoch"] == 2, "another coordinator takes over")
+        watched.wait_until(lambda s: s["outer_steps"] > before["outer_steps"] + 1, "it writes")
+        os.kill(before["coordinator"]["pid"], 0)  # and the one before it is still there
+    finally:
+        os.kill(raylet.process.pid, signal.SIGCONT)
+    second = add_node(cluster)
+    watched.wait_until(lambda s: num_replaced(s) == 2, "the islands of the frozen node are replaced")
+    gcs = ray._raylet.GcsClient(address=cluster.address)
+    gcs.drain_node(second.node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot", 0)
+    watched.wait_until(lambda s: num_replaced(s) == 0, "the islands of the drained node have left")
+    assert sum("left: preempted" in text for text in watched.texts) == 2
+    watched.join()
+    report = verify(RunStore(str(run_folder(body))), replica_of)
+    assert report.problems == ()
+    assert report.num_outer_steps == 100
 
 
 def test_islands_go_only_to_nodes_with_the_labels_that_the_recipe_names(cluster: Cluster, tiny: dict[str, Any]) -> None:

@@ -1,0 +1,218 @@
+"""Chaos: the same recipe twice on a local Ray, calm and in a storm of faults, and what the difference was.
+
+The runs are as long as the storm: the pace of a short pilot says how many rounds take the time asked for on a calm
+day. The storm begins when the first round is whole; when its time is over the run goes on to its end in peace. Goodput
+is what was committed while the storm raged, per second, against the calm run from its first round to its end.
+"""
+
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.table import Table
+
+from diloco_ray.config import RunConfig
+from diloco_ray.document import replica_of
+from diloco_ray.log.record import Record
+from diloco_ray.log.run_log import RunLog
+from diloco_ray.log.verify import verify
+from diloco_ray.observe.events import of_kind, read_events
+from diloco_ray.run import Run, open_run
+from diloco_ray.runtime.cluster import connected
+from diloco_ray.runtime.driver import train_on_ray
+from diloco_ray.runtime.storm import PLACE, SHARES, Storm, schedule
+
+PILOT_ROUNDS = 8
+ZOMBIES_WITHIN_S = 15.0  # after the last one has been let go
+
+
+def run_chaos(
+    config: RunConfig, per_hour: float, minutes: float, seed: int, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Pilot, calm run, storm; the report as one JSON document, whose `ok` says that every invariant held."""
+    prefix = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    cluster = config.cluster
+    cluster = cluster.model_copy(update={"island_resources": {**cluster.island_resources, PLACE: 1.0}})
+
+    def fresh(name: str, rounds: int) -> Run:
+        return open_run(config.model_copy(update={"name": f"{prefix}-{name}", "rounds": rounds, "cluster": cluster}))
+
+    with connected("local", resources={PLACE: config.max_islands}):
+        pilot = _Watched(fresh("pilot", PILOT_ROUNDS))
+        pilot.train()
+        round_s = statistics.median(event["seconds"] for event in pilot.rounds)
+        rounds = max(PILOT_ROUNDS, math.ceil(minutes * 60.0 / round_s))
+        tell(f"a round takes {round_s:.1f} s: {rounds} rounds for {minutes:g} minutes")
+        calm = _Watched(fresh("calm", rounds))
+        calm.train()
+        tell(f"calm: {calm.tokens_per_s():,.0f} tokens/s committed, validation loss {calm.loss:.4f}")
+        storm = Storm(schedule(per_hour, minutes, seed), config.sync.heartbeat_timeout_s, tell)
+        stormy = _Watched(fresh("storm", rounds), storm.see)
+        try:
+            stormy.train()
+        finally:
+            storm.stop()
+        zombies = _wait_for_zombies(storm)
+    return _report(calm, stormy, storm, minutes * 60.0, zombies)
+
+
+def _wait_for_zombies(storm: Storm) -> list[int]:
+    until = time.monotonic() + ZOMBIES_WITHIN_S
+    while (zombies := storm.zombies) and time.monotonic() < until:
+        time.sleep(0.2)
+    return zombies
+
+
+@dataclass
+class _Watched:
+    """A run, and what was seen of it on its way: when how many tokens were committed, which outer steps were told."""
+
+    run: Run
+    see: Callable[[Mapping[str, Any]], None] = lambda status: None
+    last: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    committed: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
+    told: set[int] = field(default_factory=set[int])
+
+    def train(self) -> None:
+        self.last = train_on_ray(self.run, self._watch)
+
+    def _watch(self, status: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
+        self.told |= {event["outer_step"] for event in of_kind(events, "outer_step")}
+        if not status:
+            return
+        tokens = status["tokens"]["committed"]
+        if status["rounds"] and (not self.committed or tokens > self.committed[-1][1]):
+            self.committed.append((time.monotonic(), tokens))
+        self.see(status)
+
+    def tokens_per_s(self, within_s: float = math.inf) -> float:
+        """Committed, from the first round on."""
+        began_s, before = self.committed[0]
+        until_s, tokens = [seen for seen in self.committed if seen[0] - began_s <= within_s][-1]
+        return (tokens - before) / (until_s - began_s) if until_s > began_s else 0.0
+
+    @property
+    def rounds(self) -> Sequence[Mapping[str, Any]]:
+        return of_kind(read_events(self.run.store), "round")
+
+    @property
+    def loss(self) -> float:
+        return self.last["validation"]["last"]["loss"]
+
+
+# ---- the report ----
+
+
+def _report(calm: _Watched, stormy: _Watched, storm: Storm, storm_s: float, zombies: list[int]) -> dict[str, Any]:
+    records = RunLog.open(stormy.run.store).records
+    proof = verify(stormy.run.store, replica_of)
+    lost = sorted(stormy.told - {record.index for record in records})
+    doubled = num_doubled(records)
+    in_storm, in_calm, tokens = stormy.tokens_per_s(storm_s), calm.tokens_per_s(), proof.tokens
+    invariants = {
+        "the run succeeded": stormy.last["state"] == "succeeded",
+        "as many faults hit as the rate says": len(storm.faults) >= storm.num_planned,
+        "the run got over every fault": all(fault.recovered_s is not None for fault in storm.faults),
+        "no announced record is lost": not lost,
+        "no data is committed twice": doubled == 0,
+        "tokens are conserved": bool(tokens) and 2 * tokens["leased"] == sum(tokens.values()),
+        "replay is bit-equal, verify finds nothing": proof.ok,
+        "no zombie is left": not zombies,
+    }
+    return {
+        "ok": all(invariants.values()),
+        "invariants": invariants,
+        "runs": {"calm": calm.run.store.url, "storm": stormy.run.store.url},
+        "seconds": storm_s,
+        "faults": {
+            "hit": len(storm.faults),
+            "missed": len(storm.missed),
+            "by_kind": {kind: _of_kind(kind, storm) for kind in SHARES},
+        },
+        "rounds": records[-1].round,
+        "outer_steps": len(records) - 1,
+        "contributions": _spread(stormy.rounds),
+        "goodput": {"calm_tokens_per_s": in_calm, "storm_tokens_per_s": in_storm, "ratio": in_storm / in_calm},
+        "loss": {"calm": calm.loss, "storm": stormy.loss, "difference": stormy.loss / calm.loss - 1.0},
+        "tokens": tokens,
+        "verify": {
+            "problems": list(proof.problems),
+            "records_lost": len(lost),
+            "sequences_committed_twice": doubled,
+            "digest": proof.digest,
+        },
+    }
+
+
+def num_doubled(records: Iterable[Record]) -> int:
+    """Sequences that more than one lease has spent, found without `verify`."""
+    spent: defaultdict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for record in records:
+        for share in record.shares:
+            for piece in share.spent:
+                spent[piece.shard, piece.epoch].append((piece.start, piece.stop))
+    doubled = 0
+    for pieces in spent.values():
+        reached = 0
+        for start, stop in sorted(pieces):
+            doubled += max(0, min(stop, reached) - start)
+            reached = max(reached, stop)
+    return doubled
+
+
+def _of_kind(kind: str, storm: Storm) -> dict[str, Any]:
+    faults = [fault for fault in storm.faults if fault.kind == kind]
+    return {
+        "hit": len(faults),
+        "missed": storm.missed.count(kind),
+        "detection_s": _percentiles(f.detected_s - f.at_s for f in faults if f.detected_s is not None),
+        "recovery_s": _percentiles(max(0.0, f.recovered_s - f.from_s) for f in faults if f.recovered_s is not None),
+        "not_recovered": sum(fault.recovered_s is None for fault in faults),
+    }
+
+
+def _percentiles(values: Iterable[float]) -> dict[str, float] | None:
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    return {f"p{p}": ordered[min(len(ordered) - 1, int(p / 100 * len(ordered)))] for p in (50, 95)}
+
+
+def _spread(rounds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of the rounds that were told: the coordinator may be killed between a commit and the word of it."""
+    return {
+        name: {"mean": statistics.fmean(r[name] for r in rounds), "least": min(r[name] for r in rounds)}
+        for name in ("alive", "contributed", "applied")
+    }
+
+
+def tables(report: Mapping[str, Any]) -> list[Table | str]:
+    """The report as people read it."""
+    faults = Table(box=None, pad_edge=False)
+    for column in ("fault", "hit", "missed", "noticed after, p50", "p95", "over after, p50", "p95", "never"):
+        faults.add_column(column, justify="left" if column == "fault" else "right")
+    for kind, found in report["faults"]["by_kind"].items():
+        seconds = [
+            f"{times[p]:.1f} s" if times else ""
+            for times in (found["detection_s"], found["recovery_s"])
+            for p in ("p50", "p95")
+        ]
+        faults.add_row(kind, str(found["hit"]), str(found["missed"]), *seconds, str(found["not_recovered"]))
+    spread = ", ".join(f"{n} {s['mean']:.2f} (least {s['least']})" for n, s in report["contributions"].items())
+    struck, goodput, loss = report["faults"], report["goodput"], report["loss"]
+    lines = [
+        f"{struck['hit']} faults in {report['seconds'] / 60:g} minutes; {struck['missed']} strikes hit nothing",
+        f"{report['outer_steps']} outer steps; per round: {spread}",
+        f"committed tokens/s: {goodput['storm_tokens_per_s']:,.0f} in the storm, {goodput['calm_tokens_per_s']:,.0f} "
+        f"in the calm: goodput {goodput['ratio']:.1%}",
+        f"validation loss: {loss['storm']:.4f} in the storm, {loss['calm']:.4f} in the calm, {loss['difference']:+.2%}",
+        "tokens: " + ", ".join(f"{fate} {number:,}" for fate, number in report["tokens"].items()),
+        *(f"{'held' if held else 'BROKEN'}: {name}" for name, held in report["invariants"].items()),
+        *(f"problem: {problem}" for problem in report["verify"]["problems"]),
+    ]
+    return [faults, "\n".join(lines)]

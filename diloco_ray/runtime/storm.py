@@ -1,0 +1,197 @@
+"""A storm: seeded faults on the processes of a run, and how long the run took to notice each and to get over it.
+
+    kill         SIGKILL of an island
+    freeze       SIGSTOP of an island, SIGCONT before its silence counts
+    hang         SIGSTOP of an island until long after it was given up and replaced: it comes back as a zombie
+    preempt      SIGTERM of an island: it has notice, leaves, and comes back
+    evict        the same, and its place is taken for a while: it joins later
+    coordinator  SIGKILL of the coordinator
+
+It knows the run from its status documents alone, and acts from outside, as a hostile machine would.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ray.util.placement_group import placement_group, remove_placement_group
+
+SHARES = {"kill": 0.35, "freeze": 0.15, "hang": 0.1, "preempt": 0.2, "evict": 0.08, "coordinator": 0.12}
+PLACE = "island_place"  # the resource of which every island needs one
+AWAY_S = 20.0  # how long an evicted island's place is taken
+AGAIN_S = 1.0  # a strike that hit nothing is repeated
+LOOK_EVERY_S = 0.05
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A fault to come. victim: in [0, 1), which of the islands that are alive by then, in their order."""
+
+    at_s: float
+    kind: str
+    victim: float
+
+
+def schedule(per_hour: float, minutes: float, seed: int) -> list[Planned]:
+    """As many faults as the rate says, one in each equal part of the time, at a random moment of it."""
+    rng, num_faults = random.Random(seed), round(per_hour * minutes / 60.0)
+    every_s = minutes * 60.0 / max(1, num_faults)
+    kinds = rng.choices(list(SHARES), list(SHARES.values()), k=num_faults)
+    return [Planned((i + rng.random()) * every_s, kind, rng.random()) for i, kind in enumerate(kinds)]
+
+
+@dataclass
+class Fault:
+    """One that hit. Times are seconds since the storm began; None: not yet. ends_s: when its cause is over."""
+
+    kind: str
+    island: str  # "" where it is the coordinator
+    pid: int
+    before: Any  # the island's process, or the coordinator's fence epoch, that was hit
+    at_s: float
+    ends_s: float
+    outer_steps: int
+    detected_s: float | None = None
+    recovered_s: float | None = None
+
+    def observe(self, status: Mapping[str, Any], seen_s: float) -> None:
+        """Detected: the status shows it. Recovered: the island is alive again; outer steps are taken again."""
+        if not self.island:
+            changed = status["coordinator"]["fence_epoch"] != self.before
+            well = changed and status["outer_steps"] > self.outer_steps
+        else:
+            island = next(island for island in status["islands"] if island["name"] == self.island)
+            alive = island["state"] == "alive"
+            is_another = alive and island["process"] != self.before
+            changed = is_another or not alive
+            may_go_on = alive and self.kind in ("freeze", "hang")
+            well = is_another or (may_go_on and seen_s - island["last_seen_s"] > self.ends_s)
+        if changed and self.detected_s is None:
+            self.detected_s = seen_s
+        if well:
+            self.recovered_s = seen_s
+
+    @property
+    def from_s(self) -> float:
+        """What recovery is counted from: an island that has no place cannot come back before there is one."""
+        return self.ends_s if self.kind == "evict" else self.at_s
+
+
+class Storm:
+    """Give it the run's status documents (`see`), and let it `rage` in a thread until it is `over`."""
+
+    def __init__(self, planned: list[Planned], heartbeat_timeout_s: float, tell: Callable[[str], None]):
+        self._planned, self._tell = planned, tell
+        # An island that stays silent is given up after one time-out and replaced after a second.
+        self._lasts_s = {"freeze": heartbeat_timeout_s / 4, "hang": 4 * heartbeat_timeout_s, "evict": AWAY_S}
+        self.faults: list[Fault] = []
+        self.missed: list[str] = []  # kinds of strikes that hit nothing: no island alive, or the process gone already
+        self._status: Mapping[str, Any] = {"islands": ()}
+        self._seen_s = 0.0
+        self._began_s = time.monotonic()
+        self._to_end: list[tuple[float, Callable[[], None]]] = []
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._rage, name="storm", daemon=True)
+
+    def see(self, status: Mapping[str, Any]) -> None:
+        """The storm breaks when the first round is whole."""
+        if status["rounds"] and not self._thread.ident:
+            self._began_s = time.monotonic()
+            self._thread.start()
+        self._status, self._seen_s = status, self.now_s
+
+    def stop(self) -> None:
+        """Lets go of what is still frozen or taken."""
+        self._stopped.set()
+        if self._thread.ident:
+            self._thread.join()
+        for _, end in self._to_end:
+            end()
+
+    @property
+    def now_s(self) -> float:
+        return time.monotonic() - self._began_s
+
+    @property
+    def num_planned(self) -> int:
+        return len(self._planned)
+
+    @property
+    def zombies(self) -> list[int]:
+        """Processes that hung, were replaced, and still live."""
+        holders = {island["pid"] for island in self._status["islands"]}
+        hung = [fault.pid for fault in self.faults if fault.kind == "hang"]
+        return [pid for pid in hung if pid not in holders and _lives(pid)]
+
+    def _rage(self) -> None:
+        coming = list(self._planned)
+        while not self._stopped.wait(LOOK_EVERY_S):
+            for ended in [item for item in self._to_end if item[0] <= self.now_s]:
+                self._to_end.remove(ended)
+                ended[1]()
+            for fault in self.faults:
+                if fault.recovered_s is None:
+                    fault.observe(self._status, self._seen_s)
+            if coming and coming[0].at_s <= self.now_s:
+                planned = coming.pop(0)
+                if not self._strike(planned):
+                    coming.insert(0, replace(planned, at_s=self.now_s + AGAIN_S))
+
+    def _strike(self, planned: Planned) -> bool:
+        """Whether it hit."""
+        status = self._status
+        frozen = {fault.pid for fault in self.faults if fault.ends_s > self.now_s}
+        targets = [(i["pid"], i["process"], i["name"]) for i in status["islands"] if i["state"] == "alive"]
+        targets = [target for target in targets if target[0] not in frozen]
+        if planned.kind == "coordinator":
+            targets = [(status["coordinator"]["pid"], status["coordinator"]["fence_epoch"], "")]
+        try:
+            pid, before, name = targets[int(planned.victim * len(targets))]
+            ends_s = self._hit(planned.kind, pid)
+        except (IndexError, ProcessLookupError):
+            self.missed.append(planned.kind)
+            return False
+        self.faults.append(Fault(planned.kind, name, pid, before, self.now_s, ends_s, status["outer_steps"]))
+        self._tell(f"fault {len(self.faults)}: {planned.kind} of {name or 'the coordinator'} (pid {pid})")
+        return True
+
+    def _hit(self, kind: str, pid: int) -> float:
+        """When its cause is over. ProcessLookupError where there is no such process."""
+        ends_s = self.now_s + self._lasts_s.get(kind, 0.0)
+        os.kill(pid, 0)
+        if kind == "evict":
+            place = placement_group([{PLACE: 1}])
+            self._to_end.append((ends_s, lambda: remove_placement_group(place)))
+        os.kill(pid, _SIGNALS[kind])
+        if kind in ("freeze", "hang"):
+            self._to_end.append((ends_s, lambda: _go_on(pid)))
+        return ends_s
+
+
+_SIGNALS = {
+    "kill": signal.SIGKILL,
+    "freeze": signal.SIGSTOP,
+    "hang": signal.SIGSTOP,
+    "preempt": signal.SIGTERM,
+    "evict": signal.SIGTERM,
+    "coordinator": signal.SIGKILL,
+}
+
+
+def _go_on(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
