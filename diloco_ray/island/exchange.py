@@ -8,8 +8,6 @@ so that communication hides behind inner steps. Where there are no threads (`sta
 at once and `poll` listens: the same exchange in one process, one island after the other.
 """
 
-import queue
-import threading
 from collections.abc import Callable, Mapping
 
 import torch
@@ -20,9 +18,10 @@ from diloco_ray.algorithm.fragments import Fragment
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination.messages import Contribution, InnerPlan
 from diloco_ray.errors import ClusterError, FencedError
-from diloco_ray.island.handover import Bell, Plans, start_thread
+from diloco_ray.island.handover import Bell, Plans
 from diloco_ray.island.job import Identity, IslandJob, RoundAbandonedError, RunOverError
 from diloco_ray.island.outbox import Outbox, Outgoing
+from diloco_ray.island.threads import Mailbox, OsThreads, Threads, start_thread
 from diloco_ray.transport.follower import Follower
 from diloco_ray.transport.protocol import Beat, Hello, Transport
 
@@ -30,7 +29,7 @@ from diloco_ray.transport.protocol import Beat, Hello, Transport
 class Exchange:
     """Between one island and the coordinator. `plan` and `progress` are what the heart tells."""
 
-    def __init__(self, job: IslandJob, identity: Identity, transport: Transport):
+    def __init__(self, job: IslandJob, identity: Identity, transport: Transport, threads: Threads | None = None):
         self.job, self.identity, self.transport = job, identity, transport
         self.incarnation = 0
         self.progress: dict[str, float] = {}
@@ -47,10 +46,10 @@ class Exchange:
         self._outbox = Outbox(job)
         self.residuals = self._outbox.residuals
         self._error: Exception | None = None
-        self._hello = threading.Lock()
-        self.bell = Bell()
-        self._posted: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._threads, self._has_threads = threads or OsThreads(), False
+        self._hello = self._threads.condition()
+        self.bell = Bell(self._threads)
+        self._posted: Mailbox[Outgoing | None] = Mailbox(self._threads)
 
     @property
     def plan(self) -> InnerPlan | None:
@@ -83,8 +82,9 @@ class Exchange:
 
     def start_threads(self, follow_s: float) -> None:
         """follow_s: length of one long poll."""
-        threads = {"send": self._send_on, "listen": lambda: self._listen_on(follow_s)}
-        self._threads = [start_thread(name, work, self.fail) for name, work in threads.items()]
+        self._has_threads = True
+        start_thread(self._threads, "send", self._send_on, self.fail)
+        start_thread(self._threads, "listen", lambda: self._listen_on(follow_s), self.fail)
 
     def stop(self) -> None:
         self.over = True
@@ -110,7 +110,7 @@ class Exchange:
         self.is_waiting = False
 
     def poll(self) -> None:
-        if not self._threads:
+        if not self._has_threads:
             self.listen(0.0)
 
     def check(self, plan: InnerPlan | None = None) -> None:
@@ -155,7 +155,7 @@ class Exchange:
         with self.bell:
             base_version = self.base_versions[fragment.index]
             item = self._outbox.add(plan, fragment, base_version, tensors, inner_steps, metrics)
-        if self._threads:
+        if self._has_threads:
             self._posted.put(item)
         else:
             self._deliver(item)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from diloco_ray.errors import DeadlineError, FencedError
 from diloco_ray.island.exchange import Exchange
 from diloco_ray.island.heart import HUNG, Heart
 from diloco_ray.island.job import Identity, RoundAbandonedError
+from diloco_ray.island.threads import OsThreads
 from diloco_ray.run import open_run
 from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
 
@@ -72,6 +73,21 @@ class Telephone:
     def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None: ...
 
 
+class SeenThreads(OsThreads):
+    """The system's own, to be waited for; the process does not end though it is told to."""
+
+    def __init__(self) -> None:
+        self.exits: list[int] = []
+        self.all: list[threading.Thread] = []
+
+    def start(self, name: str, work: Callable[[], None]) -> None:
+        self.all.append(threading.Thread(target=work, name=name, daemon=True))
+        self.all[-1].start()
+
+    def end_process(self, status: int, why: str) -> None:
+        self.exits.append(status)
+
+
 class Room:
     """A real exchange whose training thread is the test, and its heart."""
 
@@ -80,7 +96,8 @@ class Room:
         job = open_run(RunConfig.from_dict(body)).island_job()
         self.exchange = Exchange(job, Identity("island-00", "process", 1, "here"), self.line)
         self.exchange.say_hello()
-        self.heart = Heart(self.exchange, self.line, every_s=0.001, stall_timeout_s=stall_timeout_s)
+        self.threads = SeenThreads()
+        self.heart = Heart(self.exchange, self.line, 0.001, stall_timeout_s, self.threads)
 
     def work(self, lease_id: str) -> InnerPlan:
         plan = InnerPlan("island-00", 1, lease_id, 0, 0, 6, 0, 0, 1, (DataRange(0, 0, 0, 24),))
@@ -88,8 +105,9 @@ class Room:
         return plan
 
     def wait_for_the_end(self) -> None:
-        self.heart._thread.join(WAIT_S)
-        assert not self.heart._thread.is_alive()
+        [thread] = self.threads.all
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
 
 
 @pytest.fixture
@@ -187,21 +205,12 @@ def test_a_stopped_heart_beats_no_more(room: Room) -> None:
     room.line.hears(1)
     room.heart.stop()
     room.wait_for_the_end()
-    assert room.heart._stopped.is_set()
     count = len(room.line.beats)
     room.exchange.check(plan)
     assert len(room.line.beats) == count
 
 
 # ---- a hung training thread ----
-
-
-@pytest.fixture
-def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Statuses with which the process was to end; it goes on all the same."""
-    found: list[int] = []
-    monkeypatch.setattr("diloco_ray.island.heart.os._exit", found.append)
-    return found
 
 
 def wait_for(exits: list[int]) -> None:
@@ -211,20 +220,22 @@ def wait_for(exits: list[int]) -> None:
 
 
 @pytest.fixture
-def short_of_breath(tiny: dict[str, Any], exits: list[int]) -> Iterator[Room]:
+def short_of_breath(tiny: dict[str, Any]) -> Iterator[Room]:
     room = Room(tiny, stall_timeout_s=0.05)
     yield room
     room.heart.stop()
     room.wait_for_the_end()
 
 
-def test_work_without_a_step_for_too_long_ends_the_process(short_of_breath: Room, exits: list[int]) -> None:
+def test_work_without_a_step_for_too_long_ends_the_process(short_of_breath: Room) -> None:
+    exits = short_of_breath.threads.exits
     short_of_breath.work("1.1")
     wait_for(exits)
     assert set(exits) == {HUNG}
 
 
-def test_steps_waiting_and_having_no_work_are_signs_of_life(short_of_breath: Room, exits: list[int]) -> None:
+def test_steps_waiting_and_having_no_work_are_signs_of_life(short_of_breath: Room) -> None:
+    exits = short_of_breath.threads.exits
     time.sleep(0.15)  # no work
     short_of_breath.work("1.1")
     for step in range(30):
