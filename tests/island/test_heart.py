@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -13,9 +13,9 @@ from diloco_ray.errors import DeadlineError, FencedError
 from diloco_ray.island.exchange import Exchange
 from diloco_ray.island.heart import HUNG, Heart
 from diloco_ray.island.job import Identity, RoundAbandonedError
-from diloco_ray.island.threads import OsThreads
 from diloco_ray.run import open_run
 from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
+from tests.island.exchange_room import SeenThreads
 
 WAIT_S = 30.0
 
@@ -71,21 +71,6 @@ class Telephone:
         return set()
 
     def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None: ...
-
-
-class SeenThreads(OsThreads):
-    """The system's own, to be waited for; the process does not end though it is told to."""
-
-    def __init__(self) -> None:
-        self.exits: list[int] = []
-        self.all: list[threading.Thread] = []
-
-    def start(self, name: str, work: Callable[[], None]) -> None:
-        self.all.append(threading.Thread(target=work, name=name, daemon=True))
-        self.all[-1].start()
-
-    def end_process(self, status: int, why: str) -> None:
-        self.exits.append(status)
 
 
 class Room:
