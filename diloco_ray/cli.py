@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -245,6 +246,40 @@ def evaluate(run: RunFolder, at: At = None) -> None:
     from diloco_ray import api
 
     print(f"validation loss {api.evaluate(run, at):.4f}")
+
+
+@app.command()
+def simulate(
+    scenario: Annotated[str, typer.Argument(help="A file, the name of one that comes along, or all.")],
+    seeds: Annotated[int, typer.Option(min=1, help="How many stories.")] = 100,
+    first_seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int | None, typer.Option(help="Tell this one story, with its trace.")] = None,
+    faults: Annotated[
+        str | None, typer.Option(help="With --seed: numbers of its faults, such as 0,2, or none.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: one per CPU).")] = None,
+    to: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result there too.")] = None,
+) -> None:
+    """Play runs with seeded faults in virtual time, and hold them to every invariant. 1 where one was broken."""
+    from diloco_ray.simulation.scenario import scenarios
+    from diloco_ray.simulation.simulate import explain, one_story, simulate, table
+
+    named = scenarios(scenario)
+    if seed is not None:
+        numbers = [int(number) for number in faults.split(",") if number != "none"] if faults else None
+        told = [one_story(one, seed, numbers, print) for one in named]
+        raise typer.Exit(any(story.problem for story in told))
+    tallies, seconds = simulate(named, range(first_seed, first_seed + seeds), workers or os.cpu_count() or 1, print)
+    for line in table(tallies):
+        print(line)
+    num_failed = sum(len(tally.failed) for tally in tallies.values())
+    print(f"{seeds:,} stories in {seconds:.0f} s, {num_failed} failed")
+    explain(named, tallies, print)
+    if to:
+        body = {"ok": not num_failed, "seconds": seconds, "stories": seeds, "first_seed": first_seed}
+        body["scenarios"] = {name: tally.to_dict() for name, tally in tallies.items()}
+        Path(to).write_text(json.dumps(body, indent=2) + "\n")
+    raise typer.Exit(num_failed > 0)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ class Island:
     def _work(self, plan: InnerPlan) -> Iterator[Moment]:
         if plan.first_round != self._stands_at:
             yield from self._begin_afresh(plan)
-        torch.manual_seed(_seed(self.job.seed, plan.island, plan.round))
+        self._seed_dropout(plan)
         job, own, num_silent = self.job, self._own_steps, plan.silent_steps
         loop = InnerLoop(
             self._model,
@@ -154,6 +154,13 @@ class Island:
             if not self._waits:
                 self.exchange.poll()
             began_s = self._now_s()
+
+    def _seed_dropout(self, plan: InnerPlan) -> None:
+        """And all else that is random in a model. Not by torch.manual_seed, which seeks out every kind of device."""
+        seed = _seed(self.job.seed, plan.island, plan.round)
+        torch.default_generator.manual_seed(seed)
+        if self._tensors and next(iter(self._tensors.values())).is_cuda:
+            torch.cuda.manual_seed_all(seed)
 
     def _begin_afresh(self, plan: InnerPlan) -> Iterator[Moment]:
         """From the global model, with the optimizer's state at the start of this round if there is a checkpoint."""
