@@ -1,6 +1,6 @@
 """The simulator finds what it is for: each of these bugs, planted in the product, breaks an invariant, and which."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="module")
-def teller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Teller]:
+def teller(tmp_path_factory: pytest.TempPathFactory) -> Teller:
     folder = tmp_path_factory.mktemp("stories")
     prepared_data(folder)
-    yield Teller(Path(folder))
+    return Teller(Path(folder))
 
 
 def accept_without_a_copy(patch: Patch) -> None:
