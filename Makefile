@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test unit check bench sotu-data sotu science clean
+.PHONY: quickstart test unit check simulate bench sotu-data sotu science clean
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -15,6 +15,7 @@ quickstart: .venv/ready          ## four islands learn to write Python: no netwo
 
 test: .venv/ready check          ## everything that CI runs
 	$(BIN)/python -m pytest -m 'not ray' -n 2
+	$(BIN)/diloco-ray simulate all --seeds 2000
 	$(BIN)/python -m pytest -m ray --durations 5
 
 unit: .venv/ready                ## the tier without Ray, under a minute
@@ -24,6 +25,9 @@ check: .venv/ready               ## style, types, import contracts
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+simulate: .venv/ready            ## a hundred thousand stories of faults in virtual time: hours
+	$(BIN)/diloco-ray simulate all --seeds 100000 --first-seed 2000 --json runs/simulate.json
 
 bench: .venv/ready               ## ratios against memory floors, printed
 	$(BIN)/python -m benchmarks.outer_step

@@ -7,7 +7,7 @@
 import json
 import os
 import sys
-from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +15,6 @@ import typer
 from diloco_ray.errors import DiLoCoError
 
 DAMAGED, INTERRUPTED = 5, 130
-STALE_AFTER_S = {True: 8.0, False: 30.0}  # a running run writes its status every half second, to a bucket every ten
 
 app = typer.Typer(
     add_completion=False,
@@ -176,7 +175,10 @@ def prepare(recipe: Recipe, set_: Set = [], to: Annotated[str | None, typer.Opti
 @app.command()
 def status(run: RunFolder, as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False) -> None:
     """How a run stands, from its folder alone."""
-    document = read_status(run)
+    from diloco_ray.log.run_store import RunStore
+    from diloco_ray.observe.status import read_status
+
+    document = read_status(RunStore(run))
     if as_json:
         print(json.dumps(document, indent=2))
         return
@@ -189,32 +191,6 @@ def status(run: RunFolder, as_json: Annotated[bool, typer.Option("--json", help=
     Console(soft_wrap=True).print(island_table(document))
     for line in summary_lines(document):
         print(line)
-
-
-def read_status(url: str) -> dict[str, Any]:
-    """The status document; a run whose driver is gone says `interrupted`."""
-    from diloco_ray.errors import CorruptionError, RunMismatchError
-    from diloco_ray.log.run_store import RunStore
-
-    store = RunStore(url)
-    if not store.exists("status.json"):
-        raise RunMismatchError(
-            "no status.json: no run, or one that has not started",
-            where=store.url,
-            remedy="name a run's folder, such as runs/quickstart",
-        )
-    try:
-        document = json.loads(store.read("status.json"))
-    except ValueError as error:
-        where, remedy = store.url_of("status.json"), "a running run writes it anew; `diloco-ray verify` checks the log"
-        raise CorruptionError("status.json is damaged", where=where, remedy=remedy) from error
-    age_s = (datetime.now(UTC) - datetime.fromisoformat(document["updated_at"])).total_seconds()
-    if document["state"] not in ("succeeded", "failed") and age_s > STALE_AFTER_S[store.is_local]:
-        document["reason"] = f"was {document['state']}; nothing heard for {age_s:.0f} s"
-        document["state"] = "interrupted"
-        for island in document["islands"]:
-            island["state"] = "gone" if island["state"] == "alive" else island["state"]
-    return document
 
 
 @app.command()
@@ -278,6 +254,40 @@ def evaluate(run: RunFolder, at: At = None) -> None:
     from diloco_ray import api
 
     print(f"validation loss {api.evaluate(run, at):.4f}")
+
+
+@app.command()
+def simulate(
+    scenario: Annotated[str, typer.Argument(help="A file, the name of one that comes along, or all.")],
+    seeds: Annotated[int, typer.Option(min=1, help="How many stories.")] = 100,
+    first_seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int | None, typer.Option(help="Tell this one story, with its trace.")] = None,
+    faults: Annotated[
+        str | None, typer.Option(help="With --seed: numbers of its faults, such as 0,2, or none.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: one per CPU).")] = None,
+    to: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result there too.")] = None,
+) -> None:
+    """Play runs with seeded faults in virtual time, and hold them to every invariant. 1 where one was broken."""
+    from diloco_ray.simulation.scenario import scenarios
+    from diloco_ray.simulation.simulate import explain, one_story, simulate, table
+
+    named = scenarios(scenario)
+    if seed is not None:
+        numbers = [int(number) for number in faults.split(",") if number != "none"] if faults else None
+        told = [one_story(one, seed, numbers, print) for one in named]
+        raise typer.Exit(any(story.problem for story in told))
+    tallies, seconds = simulate(named, range(first_seed, first_seed + seeds), workers or os.cpu_count() or 1, print)
+    for line in table(tallies):
+        print(line)
+    num_failed = sum(len(tally.failed) for tally in tallies.values())
+    print(f"{seeds:,} stories in {seconds:.0f} s, {num_failed} failed")
+    explain(named, tallies, print)
+    if to:
+        body = {"ok": not num_failed, "seconds": seconds, "stories": seeds, "first_seed": first_seed}
+        body["scenarios"] = {name: tally.to_dict() for name, tally in tallies.items()}
+        Path(to).write_text(json.dumps(body, indent=2) + "\n")
+    raise typer.Exit(num_failed > 0)
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ class Coordinator:
             case CloseRound():
                 self.report.round_closed(command, self.state)
                 if command.snapshot:
-                    self._later(lambda: self._save_snapshot(command.index))
+                    self._later(self._save_snapshot)
                 self._later(self.report.flush)
             case Note(text):
                 self.report.note(text)
@@ -270,6 +270,7 @@ class Coordinator:
             self._cosines[record.index] = pairwise_cosines(payloads, self._uplink, num_values)
         return Committed(self._now_s(), step.fragment, record.version, record.index)
 
-    def _save_snapshot(self, index: int) -> None:
-        save_snapshot(self._store, index, self._replica, self._log.records[index].digest())
+    def _save_snapshot(self) -> None:
+        """Of the log's end by now: other fragments may have gone on since the round was closed."""
+        save_snapshot(self._store, self._log.tail.index, self._replica, self._log.tail.digest())
         prune_snapshots(self._store, self._job.keep_snapshots)

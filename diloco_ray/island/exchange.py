@@ -8,8 +8,6 @@ so that communication hides behind inner steps. Where there are no threads (`sta
 at once and `poll` listens: the same exchange in one process, one island after the other.
 """
 
-import queue
-import threading
 from collections.abc import Callable, Mapping
 
 import torch
@@ -20,9 +18,10 @@ from diloco_ray.algorithm.fragments import Fragment
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination.messages import Contribution, InnerPlan
 from diloco_ray.errors import ClusterError, FencedError
-from diloco_ray.island.handover import Bell, Plans, start_thread
+from diloco_ray.island.handover import Bell, Plans
 from diloco_ray.island.job import Identity, IslandJob, RoundAbandonedError, RunOverError
 from diloco_ray.island.outbox import Outbox, Outgoing
+from diloco_ray.island.threads import Mailbox, OsThreads, Threads, start_thread
 from diloco_ray.transport.follower import Follower
 from diloco_ray.transport.protocol import Beat, Hello, Transport
 
@@ -30,7 +29,7 @@ from diloco_ray.transport.protocol import Beat, Hello, Transport
 class Exchange:
     """Between one island and the coordinator. `plan` and `progress` are what the heart tells."""
 
-    def __init__(self, job: IslandJob, identity: Identity, transport: Transport):
+    def __init__(self, job: IslandJob, identity: Identity, transport: Transport, threads: Threads | None = None):
         self.job, self.identity, self.transport = job, identity, transport
         self.incarnation = 0
         self.progress: dict[str, float] = {}
@@ -46,9 +45,9 @@ class Exchange:
         self._plans, self._outbox = Plans(), Outbox(job)
         self.residuals = self._outbox.residuals
         self._error: Exception | None = None
-        self.bell, self._hello = Bell(), threading.Lock()
-        self._posted: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._threads, self._has_threads, self._is_sending = threads or OsThreads(), False, False
+        self._hello, self.bell = self._threads.condition(), Bell(self._threads)
+        self._posted: Mailbox[Outgoing | None] = Mailbox(self._threads)
 
     @property
     def plan(self) -> InnerPlan | None:
@@ -66,15 +65,12 @@ class Exchange:
         with self._hello:
             if self.over:
                 return
-            who, held = self.identity, self._held()
+            with self.bell:
+                who, held = self.identity, self._plans.held(self._outbox.plans)
             welcome = self.transport.join(Hello(who.island, who.process, who.pid, who.node, self.incarnation, held))
             if welcome.problem:
                 raise FencedError(welcome.problem, where=who.island, remedy="look at the run's events for the reason")
             self.incarnation, self._said_hello = welcome.incarnation, True
-
-    def _held(self) -> tuple[InnerPlan, ...]:
-        with self.bell:
-            return self._plans.held(self._outbox.plans)
 
     def start(self) -> None:
         self.say_hello()
@@ -83,14 +79,16 @@ class Exchange:
 
     def start_threads(self, follow_s: float) -> None:
         """follow_s: length of one long poll."""
-        threads = {"send": self._send_on, "listen": lambda: self._listen_on(follow_s)}
-        self._threads = [start_thread(name, work, self.fail) for name, work in threads.items()]
+        self._has_threads = self._is_sending = True
+        start_thread(self._threads, "send", self._send_on, self.fail)
+        start_thread(self._threads, "listen", lambda: self._listen_on(follow_s), self.fail)
 
     def stop(self, settle_s: float = 0.0) -> None:
         """What is posted may be sent and answered in this time. Whoever stops says no hello any more."""
         self._posted.put(None)
-        for sending in self._threads[:1]:
-            sending.join(settle_s)
+        until_s = self._threads.now_s() + settle_s
+        while self._is_sending and (left_s := until_s - self._threads.now_s()) > 0:
+            self.bell.wait(left_s)
         with self._hello:  # one under way comes before the farewell
             self.over = True
 
@@ -100,8 +98,12 @@ class Exchange:
             self._error = error
 
     def _send_on(self) -> None:
-        while (item := self._posted.get()) is not None:
-            self._deliver(item)
+        try:
+            while (item := self._posted.get()) is not None:
+                self._deliver(item)
+        finally:
+            with self.bell.ringing():
+                self._is_sending = False
 
     def _listen_on(self, follow_s: float) -> None:
         while not self.over:
@@ -114,7 +116,7 @@ class Exchange:
         self.is_waiting = False
 
     def poll(self) -> None:
-        if not self._threads:
+        if not self._has_threads:
             self.listen(0.0)
 
     def check(self, plan: InnerPlan | None = None) -> None:
@@ -158,10 +160,7 @@ class Exchange:
         with self.bell:
             base_version = self.base_versions[fragment.index]
             item = self._outbox.add(plan, fragment, base_version, tensors, inner_steps, metrics)
-        if self._threads:
-            self._posted.put(item)
-        else:
-            self._deliver(item)
+        (self._posted.put if self._has_threads else self._deliver)(item)
 
     def payload_of(self, plan: InnerPlan, fragment: int) -> Tensor | None:
         """The encoded contribution; None while it is being encoded, or if there is none."""

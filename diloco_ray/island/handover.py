@@ -3,40 +3,27 @@
 Both are guarded by one lock, the `Bell`. Neither knows the coordinator.
 """
 
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from diloco_ray.coordination.messages import InnerPlan
-
-
-def start_thread(name: str, work: Callable[[], None], fail: Callable[[Exception], None]) -> threading.Thread:
-    """An error of any kind ends the thread and goes to `fail`."""
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:
-            fail(error)
-
-    thread = threading.Thread(target=run, name=name, daemon=True)
-    thread.start()
-    return thread
+from diloco_ray.island.threads import Threads
 
 
 class Bell:
     """A lock, which may be taken again by its holder; `ringing` tells waiting threads of what was changed under it."""
 
-    def __init__(self):
-        self._condition = threading.Condition(threading.RLock())
+    def __init__(self, threads: Threads):
+        self._condition = threads.condition()
         self.num_rings = self._num_heard = 0
 
     def __enter__(self) -> None:
-        self._condition.acquire()
+        self._condition.__enter__()
 
-    def __exit__(self, *error: object) -> None:
-        self._condition.release()
+    def __exit__(self, *error: Any) -> None:
+        self._condition.__exit__(*error)
 
     @contextmanager
     def ringing(self) -> Iterator[None]:

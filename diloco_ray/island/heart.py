@@ -4,13 +4,9 @@ It also hears what the coordinator has to say: a restarted one does not know the
 made the work in hand void, another process may hold the name.
 """
 
-import os
-import sys
-import threading
-import time
-
 from diloco_ray.errors import FencedError
 from diloco_ray.island.exchange import Exchange
+from diloco_ray.island.threads import OsThreads, Threads, start_thread
 from diloco_ray.transport.protocol import Beat, Transport
 
 HUNG = 75  # exit status of a process that gave up on its own training thread
@@ -23,35 +19,45 @@ class Heart:
     one can take its place.
     """
 
-    def __init__(self, exchange: Exchange, transport: Transport, every_s: float, stall_timeout_s: float):
+    def __init__(
+        self,
+        exchange: Exchange,
+        transport: Transport,
+        every_s: float,
+        stall_timeout_s: float,
+        threads: Threads | None = None,
+    ):
         self._exchange, self._transport, self._every_s = exchange, transport, every_s
-        self._stall_timeout_s = stall_timeout_s
-        self._moved_s = time.monotonic()
+        self._stall_timeout_s, self._threads = stall_timeout_s, threads or OsThreads()
+        self._moved_s = self._threads.now_s()
         self._last_seen: object = None
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._beat_on, name="heart", daemon=True)
-        self._thread.start()
+        self._has_stopped, self._stopping = False, self._threads.condition()
+        start_thread(self._threads, "heart", self._beat_on, exchange.fail)  # in silence it would be an island lost
 
     def stop(self) -> None:
-        self._stopped.set()
+        with self._stopping:
+            self._has_stopped = True
+            self._stopping.notify_all()
 
     def _beat_on(self) -> None:
-        while not self._stopped.wait(self._every_s):
+        while not self._pause():
             self._end_if_hung()
-            try:
-                self._beat()
-            except Exception as error:  # of any kind: a heart that stops in silence is an island that is lost
-                self._exchange.fail(error)
-                return
+            self._beat()
+
+    def _pause(self) -> bool:
+        """Whether it has stopped."""
+        with self._stopping:
+            if not self._has_stopped:
+                self._stopping.wait(self._every_s)
+            return self._has_stopped
 
     def _end_if_hung(self) -> None:
         exchange = self._exchange
         seen = (exchange.plan, exchange.progress)
         if exchange.plan is None or exchange.is_waiting or seen != self._last_seen:
-            self._last_seen, self._moved_s = seen, time.monotonic()
-        elif time.monotonic() - self._moved_s > self._stall_timeout_s:
-            print(f"no inner step for {self._stall_timeout_s:g} s: ending this process", file=sys.stderr, flush=True)
-            os._exit(HUNG)
+            self._last_seen, self._moved_s = seen, self._threads.now_s()
+        elif self._threads.now_s() - self._moved_s > self._stall_timeout_s:
+            self._threads.end_process(HUNG, f"no inner step for {self._stall_timeout_s:g} s")
 
     def _beat(self) -> None:
         exchange, plan = self._exchange, self._exchange.plan

@@ -31,6 +31,7 @@ from diloco_ray.island.exchange import Exchange
 from diloco_ray.island.inner_loop import InnerLoop
 from diloco_ray.island.inner_optimizer import build_inner_optimizer, learning_rate_at
 from diloco_ray.island.job import Identity, IslandJob, RoundAbandonedError, RunOverError
+from diloco_ray.island.threads import Threads
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.model.build import build_model, trainable_parameters
 from diloco_ray.transport.protocol import Transport
@@ -51,12 +52,18 @@ class Island:
     """One island. `live` is its whole life; whoever drives it decides what a moment of waiting is."""
 
     def __init__(
-        self, job: IslandJob, identity: Identity, transport: Transport, *, clock: Callable[[], float] = time.monotonic
+        self,
+        job: IslandJob,
+        identity: Identity,
+        transport: Transport,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        threads: Threads | None = None,
     ):
         if job.inner.threads is not None:
             torch.set_num_threads(job.inner.threads)
         self.job = job
-        self.exchange = Exchange(job, identity, transport)
+        self.exchange = Exchange(job, identity, transport, threads)
         self.on_step: Callable[[InnerPlan], None] = lambda plan: None  # may raise to end the work on it
         self._now_s = clock
         shards = TokenShards.open(job.prepared_url)
@@ -113,7 +120,7 @@ class Island:
     def _work(self, plan: InnerPlan) -> Iterator[Moment]:
         if plan.first_round != self._stands_at:
             yield from self._begin_afresh(plan)
-        torch.manual_seed(_seed(self.job.seed, plan.island, plan.round))
+        self._seed_dropout(plan)
         job, own, num_silent = self.job, self._own_steps, plan.silent_steps
         loop = InnerLoop(
             self._model,
@@ -145,6 +152,13 @@ class Island:
             if not self._waits:
                 self.exchange.poll()
             began_s = self._now_s()
+
+    def _seed_dropout(self, plan: InnerPlan) -> None:
+        """And all else that is random in a model. Not by torch.manual_seed, which seeks out every kind of device."""
+        seed = _seed(self.job.seed, plan.island, plan.round)
+        torch.default_generator.manual_seed(seed)
+        if self._tensors and next(iter(self._tensors.values())).is_cuda:
+            torch.cuda.manual_seed_all(seed)
 
     def _begin_afresh(self, plan: InnerPlan) -> Iterator[Moment]:
         """From the global model, with the optimizer's state at the start of this round if there is a checkpoint."""

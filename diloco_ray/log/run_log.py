@@ -221,6 +221,9 @@ def read_ahead(store: RunStore, paths: Iterable[str], num_ahead: int) -> Iterato
         except StoreError as error:
             return error
 
+    if not store.reads_ahead:
+        yield from map(read, paths)
+        return
     pool = ThreadPoolExecutor(num_ahead)
     coming: deque[Future[bytes | StoreError]] = deque()
     try:

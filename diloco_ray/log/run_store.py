@@ -36,6 +36,8 @@ _MEMORY_LOCK = threading.Lock()  # fsspec's memory file system looks, then write
 class RunStore:
     """One run's folder. Paths are relative to it, with forward slashes. May be shared by threads."""
 
+    reads_ahead = True  # whether whoever reads many files should ask for several at once
+
     def __init__(self, url: str):
         """url: a local folder (made absolute; ~ expands) or an fsspec URL. Touches nothing; see `probe`."""
         try:

@@ -1,11 +1,16 @@
 """The numbers of a run: kept while it goes on, rebuilt from its events after a restart, printed by `status --json`."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, Protocol
 
-from diloco_ray.observe.events import of_kind
+from diloco_ray.errors import CorruptionError, RunMismatchError
+from diloco_ray.observe.events import Folder, of_kind
 
+STATUS = "status.json"
+STALE_AFTER_S = {True: 8.0, False: 30.0}  # a running run writes its status every half second, to a bucket every ten
 BYTES_PER_GRADIENT_VALUE = 4  # data parallel would exchange float32 gradients, up and down, every inner step
 
 
@@ -55,3 +60,35 @@ def validation_of(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "last": points[-1],
         "best": min(finite, key=lambda point: point["loss"], default=None),
     }
+
+
+class StatusFolder(Folder, Protocol):
+    """The part of a run store that a status needs."""
+
+    url: str
+    is_local: bool
+
+    def exists(self, path: str) -> bool: ...
+    def url_of(self, path: str) -> str: ...
+
+
+def read_status(store: StatusFolder) -> dict[str, Any]:
+    """The status document; a run whose driver is gone says `interrupted`."""
+    if not store.exists(STATUS):
+        raise RunMismatchError(
+            f"no {STATUS}: no run, or one that has not started",
+            where=store.url,
+            remedy="name a run's folder, such as runs/quickstart",
+        )
+    try:
+        document = json.loads(store.read(STATUS))
+    except ValueError as error:
+        where, remedy = store.url_of(STATUS), "a running run writes it anew; `diloco-ray verify` checks the log"
+        raise CorruptionError(f"{STATUS} is damaged", where=where, remedy=remedy) from error
+    age_s = (datetime.now(UTC) - datetime.fromisoformat(document["updated_at"])).total_seconds()
+    if document["state"] not in ("succeeded", "failed") and age_s > STALE_AFTER_S[store.is_local]:
+        document["reason"] = f"was {document['state']}; nothing heard for {age_s:.0f} s"
+        document["state"] = "interrupted"
+        for island in document["islands"]:
+            island["state"] = "gone" if island["state"] == "alive" else island["state"]
+    return document

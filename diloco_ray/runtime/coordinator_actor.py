@@ -22,9 +22,9 @@ from diloco_ray.errors import DiLoCoError, FencedError, OvertakenError, StoreErr
 from diloco_ray.ids import canonical_json
 from diloco_ray.log.run_log import check_fence
 from diloco_ray.log.run_store import RunStore
+from diloco_ray.observe.status import STATUS
 from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
 
-STATUS = "status.json"
 TICK_S = 0.5
 REMOTE_STATUS_EVERY_S = 10.0  # a bucket is not asked more often than this
 VERDICT_TIMEOUT_S = 50.0  # under one attempt of a caller, which then asks again

@@ -21,6 +21,7 @@ from diloco_ray.ids import island_name
 from diloco_ray.island.exchange import Exchange
 from diloco_ray.island.job import Identity, IslandJob
 from diloco_ray.island.settings import InnerSettings
+from diloco_ray.island.threads import OsThreads
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.model.settings import ModelSettings
 from diloco_ray.transport.in_memory import InMemoryTransport
@@ -44,6 +45,21 @@ def coordinator_of(store: RunStore, job: CoordinatorJob) -> Coordinator:
 
     coordinator = Coordinator(store, job, later=later, holder="test", pid=1)
     return coordinator
+
+
+class SeenThreads(OsThreads):
+    """The system's own, to be waited for; the process does not end though it is told to."""
+
+    def __init__(self) -> None:
+        self.exits: list[int] = []
+        self.all: list[threading.Thread] = []
+
+    def start(self, name: str, work: Callable[[], None]) -> None:
+        self.all.append(threading.Thread(target=work, name=name, daemon=True))
+        self.all[-1].start()
+
+    def end_process(self, status: int, why: str) -> None:
+        self.exits.append(status)
 
 
 class Line(InMemoryTransport):
@@ -158,7 +174,8 @@ class Room:
         self.coordinator = coordinator_of(self.store, self.job)
         self.line = Line(self.coordinator)
         own = island_job(self.job, **(sync or {}))
-        self.exchanges = [Exchange(own, identity(number), self.line) for number in range(num_islands)]
+        self.threads = SeenThreads()
+        self.exchanges = [Exchange(own, identity(number), self.line, self.threads) for number in range(num_islands)]
         for exchange in self.exchanges:
             exchange.start()
 

@@ -27,6 +27,7 @@ from tests.island.exchange_room import (
     PATIENCE_S,
     Room,
     Script,
+    SeenThreads,
     coordinator_of,
     identity,
     island_job,
@@ -67,7 +68,7 @@ def begin_of(folder: Path, num_rounds: int = 0) -> Played:
 
 def started(line: Any, **sync: Any) -> Exchange:
     """island-00, which is not part of that run's records."""
-    exchange = Exchange(island_job(JOB, **sync), identity(0), line)
+    exchange = Exchange(island_job(JOB, **sync), identity(0), line, SeenThreads())
     exchange.start()
     return exchange
 
@@ -374,9 +375,9 @@ def threads() -> Iterator[Callable[[Exchange], Exchange]]:
     yield run
     for exchange in running:
         exchange.stop()
-        for thread in exchange._threads:
-            thread.join(PATIENCE_S)
-            assert not thread.is_alive()
+    for thread in [thread for exchange in running for thread in exchange._threads.all]:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
 
 
 Start = Callable[[Exchange], Exchange]

@@ -15,6 +15,7 @@ from diloco_ray.island.heart import HUNG, Heart
 from diloco_ray.island.job import Identity, RoundAbandonedError
 from diloco_ray.run import open_run
 from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
+from tests.island.exchange_room import SeenThreads
 
 WAIT_S = 30.0
 
@@ -80,7 +81,8 @@ class Room:
         job = open_run(RunConfig.from_dict(body)).island_job()
         self.exchange = Exchange(job, Identity("island-00", "process", 1, "here"), self.line)
         self.exchange.say_hello()
-        self.heart = Heart(self.exchange, self.line, every_s=0.001, stall_timeout_s=stall_timeout_s)
+        self.threads = SeenThreads()
+        self.heart = Heart(self.exchange, self.line, 0.001, stall_timeout_s, self.threads)
 
     def work(self, lease_id: str) -> InnerPlan:
         plan = InnerPlan("island-00", 1, lease_id, 0, 0, 6, 0, 0, 1, (DataRange(0, 0, 0, 24),))
@@ -88,8 +90,9 @@ class Room:
         return plan
 
     def wait_for_the_end(self) -> None:
-        self.heart._thread.join(WAIT_S)
-        assert not self.heart._thread.is_alive()
+        [thread] = self.threads.all
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
 
 
 @pytest.fixture
@@ -187,21 +190,12 @@ def test_a_stopped_heart_beats_no_more(room: Room) -> None:
     room.line.hears(1)
     room.heart.stop()
     room.wait_for_the_end()
-    assert room.heart._stopped.is_set()
     count = len(room.line.beats)
     room.exchange.check(plan)
     assert len(room.line.beats) == count
 
 
 # ---- a hung training thread ----
-
-
-@pytest.fixture
-def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Statuses with which the process was to end; it goes on all the same."""
-    found: list[int] = []
-    monkeypatch.setattr("diloco_ray.island.heart.os._exit", found.append)
-    return found
 
 
 def wait_for(exits: list[int]) -> None:
@@ -211,20 +205,22 @@ def wait_for(exits: list[int]) -> None:
 
 
 @pytest.fixture
-def short_of_breath(tiny: dict[str, Any], exits: list[int]) -> Iterator[Room]:
+def short_of_breath(tiny: dict[str, Any]) -> Iterator[Room]:
     room = Room(tiny, stall_timeout_s=0.05)
     yield room
     room.heart.stop()
     room.wait_for_the_end()
 
 
-def test_work_without_a_step_for_too_long_ends_the_process(short_of_breath: Room, exits: list[int]) -> None:
+def test_work_without_a_step_for_too_long_ends_the_process(short_of_breath: Room) -> None:
+    exits = short_of_breath.threads.exits
     short_of_breath.work("1.1")
     wait_for(exits)
     assert set(exits) == {HUNG}
 
 
-def test_steps_waiting_and_having_no_work_are_signs_of_life(short_of_breath: Room, exits: list[int]) -> None:
+def test_steps_waiting_and_having_no_work_are_signs_of_life(short_of_breath: Room) -> None:
+    exits = short_of_breath.threads.exits
     time.sleep(0.15)  # no work
     short_of_breath.work("1.1")
     for step in range(30):

@@ -1,0 +1,170 @@
+"""The auditor: sees every payload that is sent and every file that is written, and holds the run to its invariants.
+
+Numbers are those of the design: I1 announced records last; I2 one commit per contribution; I4 a chain without gaps; I5
+fences do not fall, and who is fenced does not write; I6 a serial replay of the contributions themselves gives the same
+bits; I8 every leased token has one fate; I9 no range twice in an epoch, none lost; I10 finite; I12 a contribution is
+measured from what the log says its base is. Replicas check I7 themselves; I11 and I16 are the world's.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+
+from diloco_ray.algorithm.codecs import get_codec
+from diloco_ray.algorithm.replica import Replica
+from diloco_ray.coordination.data_ledger import DataLedger
+from diloco_ray.coordination.messages import Contribution, DataRange
+from diloco_ray.coordination.state import RunState
+from diloco_ray.document import replica_of
+from diloco_ray.ids import sha256_hex
+from diloco_ray.log.record import Record
+from diloco_ray.log.run_store import RunStore
+from diloco_ray.log.snapshot import load_snapshot
+from diloco_ray.run import Run
+from diloco_ray.simulation.storage import IOCall
+from diloco_ray.transport.protocol import Bytes
+
+
+class BrokenInvariantError(BaseException):
+    """What must never be. No handler of the product takes it for an error of its storage or its line."""
+
+
+class Audit:
+    """begun: a store with the run's beginning in it."""
+
+    def __init__(self, run: Run, begun: RunStore):
+        job = run.coordinator_job()
+        self._rules, self._combine = job.rules, job.outer.combine_function
+        self._uplink = get_codec(job.rules.uplink)
+        self._replica: Replica = replica_of(run.document)
+        load_snapshot(begun, 0, self._replica)
+        sizes = [fragment.num_values for fragment in job.layout.fragments]
+        self._residuals = [torch.zeros(size) for size in sizes] if job.downlink_error_feedback else []
+        self._bases = {(p, 0): self._replica.parameters(p).clone() for p in range(len(sizes))}
+        self._sent: dict[str, Bytes] = {}
+        self._keys: set[tuple[int, int, str]] = set()
+        self._spent: defaultdict[int, set[tuple[int, int]]] = defaultdict(set)  # by data shard: epoch and sequence
+        self._fence_epoch, self._tail, self._tail_sha256 = 0, 0, sha256_hex(begun.read("log/00000000.json"))
+        self._ledger: DataLedger | None = None
+        self.num_steps = 0
+
+    def require(self, holds: bool, invariant: str, what: str) -> None:
+        if not holds:
+            raise BrokenInvariantError(f"{invariant}: {what}")
+
+    # ---- islands ----
+
+    def sent(self, contribution: Contribution, payload: Bytes) -> None:
+        self._sent[sha256_hex(payload.data)] = payload.copy()
+
+    def measured_from(self, fragment: int, version: int, base: torch.Tensor, name: str) -> None:
+        """An island measures from these values and calls them this version (I12)."""
+        known = self._bases.get((fragment, version))
+        self.require(known is not None, "I12", f"{name} is at version {version} of fragment {fragment}, which is not")
+        same = known is not None and torch.equal(known, base)
+        self.require(same, "I12", f"the base of {name} is not version {version} of fragment {fragment}")
+
+    # ---- storage ----
+
+    def stored(self, call: IOCall, step_began_fenced: bool) -> None:
+        """A storage call has happened. step_began_fenced: its writer was fenced when it began this outer step."""
+        if (call.act, call.moment) != ("create", "after"):
+            return
+        if call.path.startswith("fences/"):
+            self._fence_epoch = max(self._fence_epoch, int(call.path[7:15]))
+        elif call.path.startswith("log/"):
+            self._committed(bytes(call.data), call.path)
+            self.require(not step_began_fenced, "I5", f"{call.path} was written by a coordinator that was fenced")
+
+    @property
+    def fence_epoch(self) -> int:
+        """The newest that is taken."""
+        return self._fence_epoch
+
+    def _committed(self, data: bytes, path: str) -> None:
+        record = Record.from_bytes(data, path)
+        p, require = record.fragment, self.require
+        require(record.index == self._tail + 1, "I4", f"record {record.index} follows {self._tail}")
+        require(record.parent == self._tail_sha256, "I4", f"record {record.index} names another parent")
+        require(record.version == self._replica.versions[p] + 1, "I4", f"version {record.version} of fragment {p}")
+        require(record.fence_epoch <= self._fence_epoch, "I5", f"fence epoch {record.fence_epoch} was never taken")
+        require(bool(record.shares), "I6", f"record {record.index} is a step that nobody contributed to")
+        names = [(share.island, share.round) for share in record.shares]
+        require(names == sorted(names), "I6", f"record {record.index}: its shares are not in island order")
+        for share in record.shares:
+            key = (p, share.round, share.island)
+            require(key not in self._keys, "I2", f"{key} is committed twice")
+            self._keys.add(key)
+            lag = record.version - 1 - share.base_version
+            in_time = share.round == record.version - 1 if self._rules.in_step else lag <= self._rules.max_staleness
+            require(lag >= 0 and in_time, "I12", f"record {record.index} took in a stale contribution, {key}")
+            if self._rules.in_step:
+                allowed = 1 if self._rules.overlap >= self._rules.inner_steps_per_round else 0
+                require(lag <= allowed, "I12", f"record {record.index}: {key} was measured {lag} outer steps ago")
+            self._spend(record.index, share.spent)
+        self._replay(record)
+        self._check_account(record.tokens, f"record {record.index}")
+        self._tail, self._tail_sha256 = record.index, sha256_hex(data)
+        self.num_steps += 1
+
+    def _spend(self, index: int, ranges: tuple[DataRange, ...]) -> None:
+        for r in ranges:
+            places = {(r.epoch, place) for place in range(r.start, r.stop)}
+            twice = places & self._spent[r.shard]
+            self.require(not twice, "I9", f"record {index} spends sequences {sorted(twice)[:3]} once more")
+            self._spent[r.shard] |= places
+
+    def _replay(self, record: Record) -> None:
+        """From what the islands sent, by another replica, in island order (I6)."""
+        for share in record.shares:
+            self.require(share.payload_sha256 in self._sent, "I6", f"record {record.index}: a payload nobody sent")
+        payloads = [torch.from_numpy(self._sent[share.payload_sha256]) for share in record.shares]
+        p, weights = record.fragment, [share.weight for share in record.shares]
+        residual = self._residuals[p] if self._residuals else None
+        combined, digest = self._replica.outer_step(p, payloads, weights, self._uplink, self._combine, residual)
+        same = sha256_hex(combined.numpy().data) == record.payload_sha256 and digest == record.state_digest
+        self.require(same, "I6", f"record {record.index}: a serial replay of its contributions gives other bits")
+        finite = bool(self._replica.parameters(p).isfinite().all())
+        self.require(finite, "I10", f"record {record.index}: the parameters are not finite")
+        self._bases[p, record.version] = self._replica.parameters(p).clone()
+
+    # ---- coordinators ----
+
+    def announced(self, index: int) -> None:
+        self.require(index <= self._tail, "I1", f"record {index} is announced and not in the log")
+
+    def looked_at(self, state: RunState) -> None:
+        """The state of a coordinator that is not fenced."""
+        self.require(state.index <= self._tail, "I1", f"the state is at record {state.index} of {self._tail}")
+        if state.ledger is self._ledger:
+            return
+        self._ledger = state.ledger
+        self._check_account(state.ledger.account(), "the ledger")
+        closing = state.stepping.get(state.closing_fragment, ())
+        self._check_places(state.ledger, {r for key in closing for r in state.inbox[key].lease.ranges})
+
+    def _check_account(self, account: Mapping[str, int], where: str) -> None:
+        fates = sum(count for name, count in account.items() if name != "leased")
+        self.require(account["leased"] == fates, "I8", f"{where}: leased {account['leased']}, with a fate {fates}")
+
+    def _check_places(self, ledger: DataLedger, in_a_step: set[DataRange]) -> None:
+        """Every sequence before the cursor is spent, being spent, leased or free: exactly one of them (I9)."""
+        held = [r for lease in ledger.outstanding.values() for r in lease.ranges]
+        for shard, size in enumerate(ledger.shard_sizes):
+            epoch, position = ledger.cursor(shard)
+            places: list[tuple[int, int]] = []
+            for r in [*held, *(r for r, _ in ledger.returned)]:
+                places += [(r.epoch, place) for place in range(r.start, r.stop)] if r.shard == shard else []
+            known = set(places)
+            self.require(len(known) == len(places), "I9", f"data shard {shard}: a sequence is leased or free twice")
+            being = {(r.epoch, x) for r in in_a_step if r.shard == shard for x in range(r.start, r.stop)}
+            spent = self._spent[shard] | being
+            doubled = known & spent
+            self.require(not doubled, "I9", f"data shard {shard}: {sorted(doubled)[:3]} spent and to be spent again")
+            lost = epoch * size + position - len(known | spent)
+            self.require(lost == 0, "I9", f"data shard {shard}: {lost} sequences are neither spent, leased nor free")
+
+    @property
+    def num_contributions(self) -> int:
+        return len(self._keys)

@@ -1,0 +1,137 @@
+"""A network that delays, loses, doubles and reorders, and the line that an island speaks through it.
+
+Nothing is ever spoken to a process directly: a question and its answer are two messages, each with a fate of its own.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from diloco_ray.coordination.messages import Contribution, Verdict
+from diloco_ray.errors import DeadlineError
+from diloco_ray.simulation.green import Hub, Process, Task
+from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
+
+CALL_S = 6.0  # one attempt, as a carrier makes it; a deadline holds many
+PAUSE_S = 0.5
+
+
+class NetworkSettings(BaseModel):
+    """Of every message, drawn for each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    delay_s: tuple[float, float] = (0.01, 0.3)
+    loss: float = Field(0.02, ge=0, lt=1)
+    doubled: float = Field(0.05, ge=0, lt=1)
+    late: float = Field(0.03, ge=0, lt=1, description="probability that one takes ten times as long: it is overtaken")
+
+
+class Server(Protocol):
+    """A process that answers: what it returns is the answer; it may wait."""
+
+    process: Process
+
+    def answer(self, method: str, arguments: tuple[Any, ...]) -> Any: ...
+
+
+@dataclass
+class _Question:
+    """One attempt. Only the first answer counts."""
+
+    asker: Task
+    has_answer: bool = False
+    answer: Any = None
+
+
+class Network:
+    """address: whoever answers at the moment when a question arrives; None while nobody does."""
+
+    def __init__(self, hub: Hub, settings: NetworkSettings, address: Callable[[], Server | None]):
+        self.hub, self.settings, self._address = hub, settings, address
+        self.cuts: set[tuple[str, str]] = set()  # from a process name to another; one way
+        self.num_messages = 0
+
+    def ask(self, process: Process, method: str, arguments: tuple[Any, ...], timeout_s: float) -> tuple[bool, Any]:
+        """Whether an answer came in time, and which."""
+        asker = self.hub.running
+        assert asker is not None
+        question = _Question(asker)
+
+        def arrive() -> None:
+            server = self._address()
+            if server is not None and server.process.is_alive:
+                server.process.start(method, lambda: self._serve(server, question, process, method, arguments))
+
+        self._send(process.name, "coordinator", arrive)
+        until_s = self.hub.now_s + timeout_s
+        while not question.has_answer and self.hub.now_s < until_s:
+            self.hub.pause(until_s - self.hub.now_s)
+        return question.has_answer, question.answer
+
+    def _serve(
+        self, server: Server, question: _Question, process: Process, method: str, arguments: tuple[Any, ...]
+    ) -> None:
+        answer = server.answer(method, tuple(np.array(a) if isinstance(a, np.ndarray) else a for a in arguments))
+
+        def arrive() -> None:
+            if not question.has_answer and process.is_alive:
+                question.has_answer, question.answer = True, answer
+                self.hub.wake(question.asker)
+
+        self._send("coordinator", process.name, arrive)
+
+    def _send(self, sender: str, receiver: str, arrive: Callable[[], None]) -> None:
+        """A cut is looked at when a message leaves and when it would arrive."""
+        rng, settings = self.hub.rng, self.settings
+        self.num_messages += 1
+        for _ in range(2 if rng.random() < settings.doubled else 1):
+            if rng.random() < settings.loss or (sender, receiver) in self.cuts:
+                continue
+            delay_s = rng.uniform(*settings.delay_s) * (10.0 if rng.random() < settings.late else 1.0)
+            self.hub.call_later(delay_s, lambda: None if (sender, receiver) in self.cuts else arrive())
+
+
+class Line:
+    """A Transport: every call is made again until it is answered, or its deadline is over."""
+
+    def __init__(self, network: Network, process: Process, deadline_s: float):
+        self._network, self._process, self._deadline_s = network, process, deadline_s
+
+    def join(self, hello: Hello) -> Welcome:
+        return self._call("join", hello)
+
+    def beat(self, beat: Beat) -> Order:
+        return self._call("beat", beat)
+
+    def submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
+        return self._call("submit", contribution, payload)
+
+    def follow(self, island: str, incarnation: int, after: int, wait_s: float, held: str = "") -> News:
+        return self._call("follow", island, incarnation, after, wait_s, held, wait_s=wait_s)
+
+    def snapshot(self, first: bool = False) -> SnapshotState:
+        return self._call("snapshot", first)
+
+    def leave(self, island: str, incarnation: int, reason: str) -> None:
+        self._call("leave", island, incarnation, reason)
+
+    def measured(self) -> set[int]:
+        return self._call("measured")
+
+    def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None:
+        self._call("evaluated", index, round, metrics, sample)
+
+    def _call(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
+        hub = self._network.hub
+        until_s = hub.now_s + self._deadline_s
+        while True:
+            answered, answer = self._network.ask(self._process, method, arguments, CALL_S + wait_s)
+            if answered:
+                return answer
+            if hub.now_s > until_s:
+                raise DeadlineError(f"the coordinator did not answer '{method}' for {self._deadline_s:g} s")
+            hub.pause(PAUSE_S)

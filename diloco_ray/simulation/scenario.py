@@ -1,0 +1,198 @@
+"""A scenario: a small run, its network, and what goes wrong in it: by a script, by chance, or both.
+
+recipe: {islands: [1, 3], sync: {preset: decoupled}}     fields that differ from BASE
+network: {loss: 0.1}
+faults:                                                  in every story
+  - {kill: island-01, at_s: 12.5}
+  - {freeze: coordinator, after_round: 2, for_s: 60}
+  - {kill: coordinator, point: "after create log/*", skip: 1}
+chance: {faults: [1, 4], kinds: [kill, cut, bad_payload]}   drawn for each seed
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from diloco_ray.errors import ConfigError
+from diloco_ray.ids import island_name
+from diloco_ray.simulation.network import NetworkSettings
+from diloco_ray.simulation.storage import IOCall
+
+Kind = Literal["kill", "freeze", "cut", "mute", "deafen", "slow", "leave", "usurp", "bad_payload", "full", "sluggish"]
+BadPayload = Literal[
+    "nan", "huge", "short", "long", "other_digest", "pickle", "replayed", "forged", "doubled", "conflict"
+]
+
+BASE: dict[str, Any] = {
+    "islands": [1, 3],
+    "rounds": 5,
+    "data": {"tokenizer": "bytes", "sequence_length": 8},
+    "model": {"factory": "diloco_ray.simulation.toy:build"},
+    "inner": {"steps_per_round": 3, "batch_size": 2, "learning_rate": 0.02, "warmup_steps": 0, "threads": 1},
+    "sync": {
+        "grace_s": 20.0,
+        "heartbeat_every_s": 2.0,
+        "heartbeat_timeout_s": 10.0,
+        "join_timeout_s": 30.0,
+        "waiting_timeout_s": 600.0,
+        "stall_timeout_s": 120.0,
+        "coordinator_timeout_s": 300.0,
+        "uplink": "float32",
+    },
+    "storage": {"snapshot_every_rounds": 2, "keep_snapshots": 2},
+    "evaluation": {"sample_tokens": 0},
+}
+
+
+class Fault(BaseModel):
+    """One thing that goes wrong. Exactly one of at_s, after_round, point says when.
+
+    who: an island, coordinator, everything, storage, or (of bad payloads) an island. point: "before create log/*",
+    a moment of a storage call and a pattern of paths; `skip` so many of them first.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Kind
+    who: str
+    at_s: float | None = Field(None, ge=0)
+    after_round: int | None = Field(None, ge=0)
+    point: str | None = Field(None, pattern=r"^(before|after) (write|create|delete|list|read|exists) \S+$")
+    skip: int = Field(0, ge=0)
+    for_s: float = Field(15.0, gt=0)
+    how: BadPayload = "nan"
+    factor: float = Field(10.0, gt=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_is_the_key(cls, body: Any) -> Any:
+        """{kill: island-01} is {kind: kill, who: island-01}."""
+        if isinstance(body, dict) and "kind" not in body:
+            kinds = [key for key in body if key in get_args(Kind)]
+            if len(kinds) == 1:
+                return {"kind": kinds[0], "who": body[kinds[0]], **{k: v for k, v in body.items() if k != kinds[0]}}
+        return body
+
+    @model_validator(mode="after")
+    def _one_time(self) -> "Fault":
+        if sum(when is not None for when in (self.at_s, self.after_round, self.point)) != 1:
+            raise ValueError("give exactly one of at_s, after_round, point")
+        return self
+
+    def is_at(self, call: IOCall) -> bool:
+        """Whether this is the kind of moment that `point` names."""
+        if self.point is None:
+            return False
+        moment, act, pattern = self.point.split()
+        return (call.moment, call.act) == (moment, act) and fnmatchcase(call.path, pattern)
+
+    def __str__(self) -> str:
+        when = f"at {self.at_s:.2f} s" if self.at_s is not None else f"after round {self.after_round}"
+        when = f"{self.point} (skip {self.skip})" if self.point else when
+        more = {"bad_payload": f" {self.how}", "slow": f" x{self.factor:g}"}.get(self.kind, "")
+        lasts = f" for {self.for_s:.1f} s" if self.kind not in ("kill", "usurp", "bad_payload") else ""
+        return f"{self.kind}{more} {self.who} {when}{lasts}"
+
+
+class Chance(BaseModel):
+    """Faults drawn for each seed: how many, which, and until when."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    faults: tuple[int, int] = (0, 0)
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    until_s: float = Field(20.0, gt=0)
+
+    def draw(self, rng: random.Random, islands: int) -> list[Fault]:
+        return [self._one(rng, islands) for _ in range(rng.randint(*self.faults))]
+
+    def _one(self, rng: random.Random, islands: int) -> Fault:
+        kind = rng.choice(self.kinds)
+        island = island_name(rng.randrange(islands))
+        body: dict[str, Any] = {"kind": kind, "who": island, "for_s": rng.choice([1.0, 8.0, 30.0, 100.0])}
+        if kind in ("kill", "freeze"):
+            body["who"] = rng.choice([island, island, "coordinator", "everything" if kind == "kill" else "coordinator"])
+        elif kind in ("full", "sluggish"):
+            body["who"] = "storage"
+        elif kind == "usurp":
+            body["who"] = rng.choice([island, "coordinator"])
+        elif kind == "bad_payload":
+            body["how"] = rng.choice(get_args(BadPayload))
+        if kind == "kill" and body["who"] == "coordinator" and rng.random() < 0.6:
+            body |= {"point": rng.choice(POINTS), "skip": rng.randrange(8)}
+        else:
+            body["at_s"] = round(rng.uniform(0.0, self.until_s), 2)
+        return Fault(**body)
+
+
+POINTS = tuple(
+    f"{moment} {point}"
+    for moment in ("before", "after")
+    for point in ("write payloads/*", "create log/*", "create fences/*", "write snapshots/*", "delete *", "read log/*")
+)
+
+
+class Scenario(BaseModel):
+    """may_fail: the run may end as failed, with a reason; else it has to succeed however long the story was."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    about: str = ""
+    recipe: dict[str, Any] = {}
+    variants: tuple[dict[str, Any], ...] = ({},)  # on top of the recipe: one of them, drawn for each seed
+    network: NetworkSettings = Field(default_factory=lambda: NetworkSettings.model_validate({}))
+    faults: tuple[Fault, ...] = ()
+    chance: Chance = Field(default_factory=lambda: Chance.model_validate({}))
+    may_fail: bool = False
+    longest_s: float = Field(7200.0, gt=0)  # of virtual time: a story that is not over by then hangs
+
+    def recipe_of(self, seed: int) -> dict[str, Any]:
+        return merged(self.recipe, random.Random(f"recipe {seed}").choice(self.variants))
+
+
+@dataclass(frozen=True)
+class Named:
+    name: str
+    scenario: Scenario
+
+
+def scenarios(which: str) -> list[Named]:
+    """A scenario file, one that comes with the package by its name, or `all` of those. ConfigError otherwise."""
+    ours = sorted(resources.files("diloco_ray.simulation").joinpath("scenarios").iterdir(), key=lambda file: file.name)
+    known = {Path(file.name).stem: file.read_text(encoding="utf-8") for file in ours if file.name.endswith(".yaml")}
+    if which == "all":
+        return [Named(name, _parse(text, name)) for name, text in known.items()]
+    if which in known:
+        return [Named(which, _parse(known[which], which))]
+    if not Path(which).is_file():
+        raise ConfigError(
+            f"no scenario {which!r}", where="SCENARIO", remedy=f"a file, all, or one of {', '.join(known)}"
+        )
+    return [Named(Path(which).stem, _parse(Path(which).read_text(encoding="utf-8"), which))]
+
+
+def _parse(text: str, where: str) -> Scenario:
+    try:
+        return Scenario.model_validate(yaml.safe_load(text) or {})
+    except (ValidationError, yaml.YAMLError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        field = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{field}: {first['msg']}", where=where, remedy="see docs/reliability.md") from error
+
+
+def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Section by section."""
+    both = {key: merged(base[key], more[key]) for key in base.keys() & more.keys() if isinstance(more[key], dict)}
+    return {**base, **more, **both}
+
+
+def of_these(faults: Sequence[Fault], which: Sequence[int] | None) -> list[Fault]:
+    """Those with these numbers, or all."""
+    return [fault for number, fault in enumerate(faults) if which is None or number in which]

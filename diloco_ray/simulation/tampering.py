@@ -1,0 +1,46 @@
+"""What may become of a contribution on its way: damage, forgery, repetition."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from diloco_ray.coordination.messages import Contribution
+from diloco_ray.ids import sha256_hex
+from diloco_ray.simulation.scenario import BadPayload
+from diloco_ray.transport.protocol import Bytes
+
+Sent = tuple[Contribution, Bytes]
+PICKLED = b"cposix\nsystem\n(S'echo a pickle was loaded'\ntR."
+
+
+def tampered(how: BadPayload, c: Contribution, payload: Bytes, before: Sequence[Sent]) -> list[Sent]:
+    """What is sent instead; the last one is the one whose answer counts. before: what the same process has sent."""
+    match how:
+        case "nan":
+            return [_sealed(c, np.full_like(payload, 0xFF))]
+        case "huge":
+            largest = np.frombuffer(np.float32(1e30).tobytes() * (payload.size // 4 + 1), np.uint8)
+            return [_sealed(c, largest[: payload.size].copy())]
+        case "short":
+            return [_sealed(c, payload[:-1].copy())]
+        case "long":
+            return [_sealed(c, np.append(payload, payload))]
+        case "pickle":
+            return [_sealed(c, np.frombuffer(PICKLED, np.uint8).copy())]
+        case "other_digest":
+            return [(c, payload ^ np.uint8(1))]
+        case "replayed":
+            return [*before[-1:], (c, payload)]
+        case "forged":
+            forger = replace(c, island="island-00" if c.island != "island-00" else "island-01")
+            return [(forger, payload), (c, payload)]
+        case "doubled":
+            return [(c, payload)] * 20
+        case "conflict":
+            return [(c, payload), _sealed(c, payload ^ np.uint8(1)), (c, payload)]
+
+
+def _sealed(c: Contribution, payload: Bytes) -> Sent:
+    """With a header that fits: only its form or its values show what it is."""
+    return replace(c, payload_sha256=sha256_hex(payload.data), payload_bytes=payload.size), payload

@@ -1,0 +1,166 @@
+"""The simulator finds what it is for: each of these bugs, planted in the product, breaks an invariant, and which."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diloco_ray.algorithm.replica import Replica
+from diloco_ray.coordination import admission, rounds
+from diloco_ray.coordination.data_ledger import DataLedger
+from diloco_ray.coordination.state import RunState
+from diloco_ray.coordinator import coordinator as coordinator_module
+from diloco_ray.coordinator.payloads import Payload
+from diloco_ray.log.record import Record
+from diloco_ray.log.run_log import RunLog
+from diloco_ray.simulation.beginning import prepared_data
+from diloco_ray.simulation.scenario import Named, Scenario
+from diloco_ray.simulation.simulate import Teller
+
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(scope="module")
+def teller(tmp_path_factory: pytest.TempPathFactory) -> Teller:
+    folder = tmp_path_factory.mktemp("stories")
+    prepared_data(folder)
+    return Teller(Path(folder))
+
+
+def accept_without_a_copy(patch: Patch) -> None:
+    patch.setattr(np, "array", lambda data, *rest, array=np.array: data if _is_in(Payload) else array(data, *rest))
+
+
+def _is_in(kind: type) -> bool:
+    import sys
+
+    return isinstance(sys._getframe(2).f_locals.get("self"), kind)
+
+
+def keep_what_is_committed(patch: Patch) -> None:
+    """What was taken in stays in the inbox, to be taken in again."""
+    committed = rounds.committed
+
+    def planted(state: RunState, event: Any) -> Any:
+        after, commands = committed(state, event)
+        taken = {key: state.inbox[key] for key in state.stepping.get(event.fragment, ())}
+        return replace(after, inbox={**after.inbox, **taken}), commands
+
+    patch.setattr("diloco_ray.coordination.reducer.committed", planted)
+
+
+def sum_in_arrival_order(patch: Patch) -> None:
+    accepted = RunState.accepted
+
+    def planted(self: RunState, fragment: int) -> Any:
+        return dict(sorted(accepted(self, fragment).items(), key=lambda item: item[1].accepted_s))
+
+    patch.setattr(RunState, "accepted", planted)
+
+
+def add_in_arrival_order(patch: Patch) -> None:
+    """The record says island order, the sum is another one."""
+    outer_step = Replica.outer_step
+
+    def planted(self: Replica, fragment: int, payloads: Any, weights: Any, *rest: Any) -> Any:
+        return outer_step(self, fragment, payloads[::-1], weights[::-1], *rest)
+
+    def only_the_coordinators(self: Replica, *arguments: Any) -> Any:
+        return (planted if _is_in(coordinator_module.Coordinator) else outer_step)(self, *arguments)
+
+    patch.setattr(Replica, "outer_step", only_the_coordinators)
+
+
+def skip_the_fence_check(patch: Patch) -> None:
+    patch.setattr(coordinator_module, "check_fence", lambda store, epoch: None)
+
+
+def drop_a_lease(patch: Patch) -> None:
+    settle = DataLedger.settle
+
+    def planted(self: DataLedger, lease_id: str, fate: str) -> DataLedger:
+        after = settle(self, lease_id, fate)
+        return replace(after, returned=self.returned) if fate == "expired" else after
+
+    patch.setattr(DataLedger, "settle", planted)
+
+
+def accept_a_stale_base(patch: Patch) -> None:
+    patch.setattr(admission, "_time_problem", lambda *arguments: "")
+
+
+def announce_before_the_commit(patch: Patch) -> None:
+    """Each record is written when the next one is."""
+    append, waiting = RunLog.append, dict[int, tuple[Record, bytes]]()
+
+    def planted(self: RunLog, record: Record, payload: bytes = b"") -> None:
+        written = self.store.create
+        late = waiting.pop(id(self), None)
+        if late:
+            written(f"log/{late[0].index:08d}.json", late[0].to_bytes())
+        waiting[id(self)] = (record, payload)
+        self.store.create = lambda path, data: None  # type: ignore[method-assign]
+        try:
+            append(self, record, payload)
+        finally:
+            del self.store.create
+
+    patch.setattr(RunLog, "append", planted)
+
+
+def decay_momentum_without_contributions(patch: Patch) -> None:
+    """A round whose islands are lost still decays the momentum, on the coordinator."""
+    outer_step = Replica.outer_step
+
+    def planted(self: Replica, fragment: int, *rest: Any) -> Any:
+        if _is_in(coordinator_module.Coordinator):
+            for buffer in self.buffers(fragment):
+                buffer.mul_(0.9)
+        return outer_step(self, fragment, *rest)
+
+    patch.setattr(Replica, "outer_step", planted)
+
+
+STEADY: dict[str, Any] = {"network": {"loss": 0.0, "doubled": 0.0, "late": 0.0}}
+KILLS = {"chance": {"faults": [2, 4], "kinds": ["kill"], "until_s": 12}}
+TWO = {
+    "faults": [{"freeze": "coordinator", "at_s": 5.0, "for_s": 8.0}, {"usurp": "coordinator", "at_s": 6.0}],
+    "chance": {"faults": [2, 3], "kinds": ["usurp"], "until_s": 15},
+}
+LAGGARD = {
+    "recipe": {"sync": {"preset": "async", "max_staleness": 1}},
+    "faults": [{"slow": "island-02", "at_s": 0.0, "factor": 4.0, "for_s": 5000.0}],
+}
+
+BUGS: list[tuple[Callable[[Patch], None], dict[str, Any], str, int]] = [
+    (accept_without_a_copy, STEADY, "I6", 3),
+    (keep_what_is_committed, {"recipe": {"sync": {"preset": "decoupled", "fragments": 3}}}, "I2", 5),
+    (sum_in_arrival_order, STEADY, "I6", 5),
+    (add_in_arrival_order, {**STEADY, "recipe": {"sync": {"downlink": "float32"}}}, "I6", 5),
+    (skip_the_fence_check, TWO, "I5", 40),
+    (drop_a_lease, KILLS, "I9", 10),
+    (accept_a_stale_base, LAGGARD, "I12", 5),
+    (announce_before_the_commit, STEADY, "I1", 3),
+    (decay_momentum_without_contributions, STEADY, "I6", 3),
+]
+
+
+@pytest.mark.parametrize(("plant", "body", "invariant", "seeds"), BUGS, ids=[bug[0].__name__ for bug in BUGS])
+def test_a_planted_bug_breaks_its_invariant(
+    teller: Teller,
+    plant: Callable[[Patch], None],
+    body: dict[str, Any],
+    invariant: str,
+    seeds: int,
+    monkeypatch: Patch,
+) -> None:
+    named = Named("planted", Scenario.model_validate(body))
+    sound = teller.tell(named, 0)
+    assert sound.problem == "", "without the bug it holds"
+    plant(monkeypatch)
+    found = next((story for seed in range(seeds) if (story := teller.tell(named, seed)).problem), None)
+    assert found, f"{seeds} stories, and nobody noticed"
+    assert found.problem.startswith(invariant), found.problem

@@ -1,0 +1,125 @@
+"""Stories are repeatable, cut down to what they take, and told by a command with an exit status."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diloco_ray.errors import ConfigError
+from diloco_ray.simulation.beginning import prepared_data
+from diloco_ray.simulation.scenario import Fault, Named, Scenario, scenarios
+from diloco_ray.simulation.simulate import Teller, simulate
+from tests.simulation.test_planted_bugs import drop_a_lease
+
+COMMAND = (sys.executable, "-m", "diloco_ray.cli", "simulate")
+
+
+@pytest.fixture(scope="module")
+def teller(tmp_path_factory: pytest.TempPathFactory) -> Teller:
+    folder = tmp_path_factory.mktemp("stories")
+    prepared_data(folder)
+    return Teller(folder)
+
+
+@pytest.mark.parametrize("named", scenarios("all"), ids=lambda named: named.name)
+def test_every_invariant_holds_in_each_scenario(teller: Teller, named: Named) -> None:
+    for seed in range(70_000, 70_003):
+        assert teller.tell(named, seed).problem == "", f"diloco-ray simulate {named.name} --seed {seed}"
+
+
+def test_equal_seeds_give_equal_traces_in_any_process(teller: Teller) -> None:
+    [named] = scenarios("anything")
+    stories = [teller.tell(named, seed) for seed in (3, 3, 4)]
+    assert stories[0].trace == stories[1].trace != stories[2].trace
+    told = subprocess.run([*COMMAND, "anything", "--seed", "3"], capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.splitlines()[-2:] == [f"trace {stories[0].trace_sha256}", "every invariant held"]
+
+
+def test_faults_strike_and_the_run_gets_over_them(teller: Teller) -> None:
+    body = {
+        "faults": [
+            {"kill": "island-01", "at_s": 2.5},
+            {"kill": "coordinator", "point": "after create log/*", "skip": 1},
+            {"freeze": "island-00", "after_round": 3, "for_s": 30},
+        ]
+    }
+    story = teller.tell(Named("three", Scenario.model_validate(body)), 1)
+    assert (story.problem, story.num_struck) == ("", 3)
+    trace = "\n".join(story.trace)
+    assert "kill island-01" in trace
+    assert "the coordinator's process ended: killed" in trace
+    assert "island-00 lost: silent for" in trace
+    assert "coordinator: round 5" in trace
+
+
+def test_a_failing_story_is_cut_down_to_the_faults_that_it_takes(
+    teller: Teller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop_a_lease(monkeypatch)
+    faults = [
+        {"slow": "island-02", "at_s": 1},
+        {"kill": "island-00", "at_s": 4},
+        {"sluggish": "storage", "at_s": 6, "for_s": 1},
+    ]
+    named = Named("three", Scenario.model_validate({"faults": faults, "network": {"loss": 0}}))
+    story = teller.tell(named, 0)
+    assert story.problem.startswith("I9")
+    shortest, which = teller.shortest(named, story)
+    assert which == [1]
+    assert shortest.problem == teller.tell(named, 0, [1]).problem
+
+
+def test_failures_are_counted_and_end_the_command_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+    tallies, _ = simulate(scenarios("calm"), range(3), 1, told.append)
+    assert (tallies["calm"].stories, tallies["calm"].failed, told) == (3, [], [])
+    drop_a_lease(monkeypatch)
+    faults = [{"kill": "island-00", "at_s": 4}]
+    named = Named("one", Scenario.model_validate({"faults": faults, "network": {"loss": 0}}))
+    tallies, _ = simulate([named], range(2), 1, told.append)
+    assert len(tallies["one"].failed) == len(told) == 2
+
+
+def test_the_command_writes_what_it_found(tmp_path: Path) -> None:
+    scenario = tmp_path / "mine.yaml"
+    scenario.write_text("recipe: {rounds: 2}\nfaults: [{kill: everything, at_s: 3}]\n")
+    command = [*COMMAND, str(scenario), "--seeds", "4", "--workers", "2", "--json", str(tmp_path / "found.json")]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert told.returncode == 0, told.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["ok"], found["stories"], found["scenarios"]["mine"]["faults"]) == (True, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("faults: [{explode: island-01, at_s: 3}]", ["faults.0", "kind"]),
+        ("faults: [{kill: island-01}]", ["faults.0", "at_s, after_round, point"]),
+        ("faults: [{kill: island-01, at_s: 3, after_round: 1}]", ["exactly one"]),
+        ("faults: [{kill: coordinator, point: whenever}]", ["faults.0.point"]),
+        ("network: {loss: 1.5}", ["network.loss"]),
+        ("nonsense: 1", ["nonsense"]),
+        ("a: [", ["mine.yaml"]),
+    ],
+)
+def test_a_scenario_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        scenarios(str(path))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_an_unknown_name_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="anything"):
+        scenarios("nothing-of-the-kind")
+
+
+def test_a_fault_says_what_it_is() -> None:
+    fault = Fault.model_validate({"freeze": "island-01", "at_s": 2, "for_s": 8})
+    assert str(fault) == "freeze island-01 at 2.00 s for 8.0 s"
