@@ -80,6 +80,7 @@ class Run:
             islands_by_round=islands_by_round(config.experiment.islands_by_round, config.max_islands, config.rounds),
             snapshot_every_rounds=config.storage.snapshot_every_rounds,
             max_norm_ratio=sync.max_norm_ratio,
+            max_inbox_bytes=sync.max_inbox_bytes,
         )
         return CoordinatorJob(
             rules=rules,
