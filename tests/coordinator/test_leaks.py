@@ -74,7 +74,7 @@ def num_open_files() -> int:
 def test_after_many_rounds_of_trouble_nothing_is_held_that_was_not_held_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for the records and the events, which are the run itself: some 7,600 bytes a round."""
+    """But for the records and the events, which are the run itself: some 8,000 bytes a round."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     tracemalloc.start()
     room = Room(tmp_path)
