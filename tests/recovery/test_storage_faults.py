@@ -19,16 +19,16 @@ BUSY = ConnectionError("503 Slow Down")
 
 
 class Fault:
-    """Raises at the n-th moment at which it can strike. A disk that is full refuses what is written, from then on."""
+    """Strikes at the n-th call, before or after it. A disk that is full refuses what is written, from then on."""
 
-    def __init__(self, error: OSError, at: int):
-        self.num_moments, self._error, self._at = 0, error, at
+    def __init__(self, error: OSError, moment: str, at: int):
+        self.num_calls, self._error, self._moment, self._at = 0, error, moment, at
 
     def __call__(self, call: IOCall) -> None:
         is_full = self._error is FULL
-        if not is_full or (call.moment == "before" and call.act in ("write", "create")):
-            self.num_moments += 1
-            if self.num_moments == self._at or (is_full and self.num_moments > self._at):
+        if call.moment == self._moment and (not is_full or call.act in ("write", "create")):
+            self.num_calls += 1
+            if self.num_calls == self._at or (is_full and self.num_calls > self._at):
                 raise self._error
 
 
@@ -42,20 +42,20 @@ def outcome(situation: Situation, config: RunConfig, fault: Fault, error: OSErro
 
 
 @pytest.mark.parametrize(
-    ("error", "first", "step"),
-    [(FULL, 1, 1), (FORBIDDEN, 1, 2), (BUSY, 2, 2)],
+    ("error", "moment"),
+    [(FULL, "before"), (FORBIDDEN, "before"), (BUSY, "after")],
     ids=["full at any write", "forbidden before any call", "busy after any call"],
 )
 def test_a_storage_that_fails_at_any_io_call_ends_the_run_by_name_and_the_same_command_goes_on(
-    situation: Situation, error: OSError, first: int, step: int
+    situation: Situation, error: OSError, moment: str
 ) -> None:
     """After a call: it was done, and its answer is lost."""
-    whole = Fault(error, at=10**6)
+    whole = Fault(error, moment, at=10**6)
     expected = digests(records_of(situation.trained(situation.config(situation.folder(), SHORT), whole)))
     outcomes: Counter[str] = Counter()
-    for at in range(first, whole.num_moments + 1, step):
+    for at in range(1, whole.num_calls + 1):
         config = situation.config(situation.folder(), SHORT)
-        outcomes[outcome(situation, config, Fault(error, at), error)] += 1
+        outcomes[outcome(situation, config, Fault(error, moment, at), error)] += 1
         run = situation.trained(config)
         assert_whole(run, records_of(run), {})
         assert digests(records_of(run)) == expected
