@@ -47,6 +47,7 @@ CHANGEABLE = (
     "sync.stall_timeout_s",
     "sync.coordinator_timeout_s",
     "sync.max_norm_ratio",
+    "sync.max_inbox_bytes",
     "outer.statistics",
     "experiment.speeds",
 )

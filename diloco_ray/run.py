@@ -80,6 +80,7 @@ class Run:
             islands_by_round=islands_by_round(config.experiment.islands_by_round, config.max_islands, config.rounds),
             snapshot_every_rounds=config.storage.snapshot_every_rounds,
             max_norm_ratio=sync.max_norm_ratio,
+            max_inbox_bytes=sync.max_inbox_bytes,
         )
         return CoordinatorJob(
             rules=rules,
@@ -159,7 +160,7 @@ def read_run(url: str) -> Run:
             where=store.url,
             remedy="name the run's folder, such as runs/quickstart",
         )
-    document = unseal(store.read(DOCUMENT), store.url_of(DOCUMENT))
+    document = _read_document(store)
     config = RunConfig.from_dict(document["config"], where=store.url_of(DOCUMENT))
     return Run(store, config, document, _prepared_now(store, document["prepared"]))
 
@@ -171,12 +172,24 @@ def _prepared_now(store: RunStore, url: str) -> str:
     return beside if was_moved else url
 
 
+def _read_document(store: RunStore) -> Mapping[str, Any]:
+    """What another version wrote is refused before any of it is used."""
+    document = unseal(store.read(DOCUMENT), store.url_of(DOCUMENT))
+    if document.get("format") != FORMAT_VERSION:
+        raise RunMismatchError(
+            f"written in format {document.get('format')}, this version reads {FORMAT_VERSION}",
+            where=store.url_of(DOCUMENT),
+            remedy="use the version of diloco_ray that began the run",
+        )
+    return document
+
+
 # ---- refusals ----
 
 
 def _existing(store: RunStore) -> Mapping[str, Any] | None:
     if store.exists(DOCUMENT):
-        return unseal(store.read(DOCUMENT), store.url_of(DOCUMENT))
+        return _read_document(store)
     foreign = [name for name in store.list("") if not name.startswith(".")]
     if foreign:
         raise RunMismatchError(
@@ -188,12 +201,6 @@ def _existing(store: RunStore) -> Mapping[str, Any] | None:
 
 
 def _check_same_run(store: RunStore, document: Mapping[str, Any], config: RunConfig) -> None:
-    if document["format"] != FORMAT_VERSION:
-        raise RunMismatchError(
-            f"written in format {document['format']}, this version reads {FORMAT_VERSION}",
-            where=store.url_of(DOCUMENT),
-            remedy="use the version of diloco_ray that began the run",
-        )
     changed = differences(document["identity"], config.identity())
     if changed:
         raise RunMismatchError(

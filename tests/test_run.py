@@ -11,6 +11,7 @@ import pytest
 from diloco_ray import api
 from diloco_ray.config import RunConfig
 from diloco_ray.errors import ConfigError, CorruptionError, DataError, RunMismatchError, StoreError
+from diloco_ray.log.record import seal, unseal
 from diloco_ray.run import open_run, read_run
 from diloco_ray.simulation.in_process import begin, make_island, train_in_process
 from diloco_ray.transport.in_memory import InMemoryTransport
@@ -58,6 +59,17 @@ def test_a_damaged_run_json_is_named(tiny: dict[str, Any]) -> None:
     path.write_bytes(path.read_bytes().replace(b'"seed":7', b'"seed":8'))
     with pytest.raises(CorruptionError, match=r"run\.json"):
         opened(tiny)
+
+
+@pytest.mark.parametrize("found", [0, 2, None])
+def test_a_run_of_another_format_is_refused_before_it_is_used(tiny: dict[str, Any], found: int | None) -> None:
+    run = opened(tiny)
+    document = {**unseal(run.store.read("run.json"), ""), "format": found, "config": {"of another": "version"}}
+    run.store.write("run.json", seal(document))
+    for read in (lambda: opened(tiny), lambda: read_run(run.store.url)):
+        with pytest.raises(RunMismatchError, match=f"written in format {found}, this version reads 1") as caught:
+            read()
+        assert caught.value.where.endswith("run.json")
 
 
 def test_a_missing_dataset_is_refused_before_a_run_is_begun(tiny: dict[str, Any]) -> None:

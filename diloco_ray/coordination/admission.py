@@ -95,6 +95,23 @@ def schema_problem(rules: Rules, c: Contribution) -> str:
     return f"schema: {c.payload_bytes} bytes of {c.codec} where {wanted} bytes of {rules.uplink} belong"
 
 
+def lack_of_room(state: RunState, c: Contribution) -> str:
+    """Why the contribution has to wait outside; "" means: it has not.
+
+    Of each island the oldest contribution to a fragment always gets in: those are what the next outer steps are made
+    of, so that every step that could be taken with room for all can be taken, and makes room.
+    """
+    limit, held = state.rules.max_inbox_bytes, sum(item.contribution.payload_bytes for item in state.inbox.values())
+    stepping = state.stepping.get(c.fragment, ())
+    rounds = [key[1] for key in state.inbox if (key[0], key[2]) == (c.fragment, c.island) and key not in stepping]
+    if held + c.payload_bytes <= limit or min(rounds, default=c.round) >= c.round:
+        return ""
+    return (
+        f"{held:,} of {limit:,} bytes are taken; it waits until fragment {c.fragment} has had the outer step "
+        f"with this island's round {min(rounds) + 1}"
+    )
+
+
 def judge_norm(state: RunState, fragment: int, norm: float) -> Verdict:
     """Accepts a payload whose digest and values are right unless its norm is absurd."""
     if not math.isfinite(norm):

@@ -75,9 +75,12 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer to a contribution. `pending`: its payload is being inspected. `unknown`: say hello again."""
+    """The answer to a contribution. `pending`: its payload is being inspected. `unknown`: say hello again.
 
-    status: Literal["pending", "accepted", "committed", "rejected", "unknown"]
+    `full`: there is no room for it now, nothing is wrong with it, and it is to be sent again.
+    """
+
+    status: Literal["pending", "accepted", "committed", "rejected", "unknown", "full"]
     reason: str = ""
 
 

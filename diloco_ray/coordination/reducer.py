@@ -10,7 +10,15 @@ from dataclasses import replace
 from typing import assert_never
 
 from diloco_ray.coordination import membership
-from diloco_ray.coordination.admission import is_outdated, judge_header, judge_norm, plan_of, refuse, schema_problem
+from diloco_ray.coordination.admission import (
+    is_outdated,
+    judge_header,
+    judge_norm,
+    lack_of_room,
+    plan_of,
+    refuse,
+    schema_problem,
+)
 from diloco_ray.coordination.membership import STRIKES_TO_QUARANTINE, Member, with_member
 from diloco_ray.coordination.messages import (
     Answer,
@@ -165,12 +173,17 @@ def _submitted(state: RunState, event: Submitted) -> Step:
 
 
 def _awaited(state: RunState, c: Contribution) -> Step:
-    """Has the payload inspected, unless the header already shows that it cannot be right."""
+    """Has the payload inspected, unless the header already shows that it cannot be right, or there is no room."""
     if problem := schema_problem(state.rules, c):
         return _strike(state, c, problem)
+    if lack := lack_of_room(state, c):
+        is_news = c.key not in state.sent_back
+        note = [Note(f"{c.island}: contribution to fragment {c.fragment}, round {c.round + 1}, waits: {lack}")]
+        return replace(state, sent_back=state.sent_back | {c.key}), [Answer(c, Verdict("full", lack)), *note * is_news]
     plan = plan_of(state, c)
     accepted = Accepted(c, state.ledger.outstanding[c.lease_id], plan.inner_steps if plan else 1)
-    return replace(state, inbox={**state.inbox, c.key: accepted}), [Inspect(c)]
+    inbox, sent_back = {**state.inbox, c.key: accepted}, state.sent_back - {c.key}
+    return replace(state, inbox=inbox, sent_back=sent_back), [Inspect(c)]
 
 
 def _inspected(state: RunState, event: Inspected) -> Step:

@@ -264,6 +264,7 @@ def committed(state: RunState, event: Committed) -> Step:
         members=members,
         settled=settled,
         stepping=without(state.stepping, fragment),
+        sent_back=frozenset(key for key in state.sent_back if key[0] != fragment),
         inbox={
             key: item
             for key, item in state.inbox.items()

@@ -59,6 +59,9 @@ class SyncSettings(BaseModel):
     stall_timeout_s: float = Field(1800.0, gt=0, description="an island whose inner loop stands still ends itself")
     coordinator_timeout_s: float = Field(600.0, gt=0, description="how long an island waits for a silent coordinator")
     max_norm_ratio: float = Field(100.0, gt=1, description="an outer gradient this much above the median is refused")
+    max_inbox_bytes: int = Field(
+        2 * 1024**3, ge=0, description="of contributions that the coordinator holds; what no next step needs then waits"
+    )
 
     @model_validator(mode="after")
     def _fields_fit_each_other(self) -> "SyncSettings":

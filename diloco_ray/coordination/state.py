@@ -42,6 +42,7 @@ class Rules:
     islands_by_round: tuple[int, ...] = ()  # how many take part; empty: all that there are
     snapshot_every_rounds: int = 10
     max_norm_ratio: float = 100.0
+    max_inbox_bytes: int = 2 * 1024**3
 
     @property
     def in_step(self) -> bool:
@@ -89,6 +90,7 @@ class RunState:
     plans: Mapping[str, tuple[InnerPlan, ...]] = field(default_factory=dict[str, tuple[InnerPlan, ...]])  # by island
     num_plans: Mapping[str, int] = field(default_factory=dict[str, int])  # rounds of its own that an island was given
     inbox: Mapping[Key, Accepted] = field(default_factory=dict[Key, Accepted])
+    sent_back: frozenset[Key] = frozenset()  # contributions that there was no room for when they came
     offered: frozenset[str] = frozenset()  # islands that sent a contribution since the last round ended, good or bad
     stepping: Mapping[int, tuple[Key, ...]] = field(default_factory=dict[int, tuple[Key, ...]])  # being computed
     settled: Settled = field(default_factory=dict[tuple[int, str], tuple[int, str]])  # the latest that is committed

@@ -1,6 +1,5 @@
 """What followers of the log are sent: the newest records with their payloads, and the newest usable snapshot."""
 
-import contextlib
 from collections import deque
 from collections.abc import Callable
 
@@ -57,8 +56,11 @@ class Feed:
 
     def _load_newest(self, indices: list[int], replica: Replica) -> int:
         store, records = self._log.store, self._log.records
+        first_error: CorruptionError | StoreError | None = None
         for index in reversed(indices):
-            with contextlib.suppress(CorruptionError, StoreError):  # damaged, or pruned while it was read
+            try:
                 if load_snapshot(store, index, replica) == records[index].digest():
                     return index
-        raise CorruptionError("no snapshot is usable", where=store.url_of("snapshots"))
+            except (CorruptionError, StoreError) as error:  # damaged, or pruned while it was read
+                first_error = first_error or error
+        raise first_error or CorruptionError("no snapshot is of this log", where=store.url_of("snapshots"))

@@ -32,6 +32,7 @@ class Residuals:
             tensors, _ = load_tensors(store, path)
             self._of[record.fragment].copy_(tensors["residual"])
             self._saved[record.fragment] = [path]
+            self._forget_before(record)
 
     def of(self, fragment: int) -> Tensor:
         return self._of[fragment]
@@ -44,6 +45,14 @@ class Residuals:
         for old in saved[:-2]:
             self._delete(old)
         self._saved[fragment] = saved[-2:]
+
+    def _forget_before(self, record: Record) -> None:
+        """What earlier lives have left of this fragment. What is saved for a later record may yet be committed."""
+        for name in self._store.list(FOLDER):
+            fragment, index = name.split("-")[:2]
+            is_kept = f"{FOLDER}/{name}".startswith(self._saved[record.fragment][0])
+            if int(fragment) == record.fragment and int(index) <= record.index and not is_kept:
+                self._store.delete(f"{FOLDER}/{name}")
 
     def _delete(self, path: str) -> None:
         self._store.delete(f"{path}.json")

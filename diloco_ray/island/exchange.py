@@ -193,6 +193,7 @@ class Exchange:
     def _submit(self, item: Outgoing, contribution: Contribution) -> None:
         for _ in range(10):
             verdict = self.transport.submit(contribution, item.payload)
+            item.was_sent_back = verdict.status == "full"
             if verdict.status == "rejected":
                 self._refused(item)
             if verdict.status != "unknown":
@@ -240,14 +241,13 @@ class Exchange:
                 )
                 if news.plan:
                     self._plans.receive(news.plan, self._outbox.plans)
-        if self._said_hello:
-            self._send_again()
+        self._send_again()
 
     def _send_again(self) -> None:
-        """A restarted coordinator has lost what its predecessor had accepted and not committed."""
-        self._said_hello = False
+        """What the coordinator had no room for. A restarted one has lost all that is accepted and not committed."""
+        is_restarted, self._said_hello = self._said_hello, False
         with self.bell:
-            items = list(self._outbox.items)
+            items = [item for item in self._outbox.items if is_restarted or item.was_sent_back]
         for item in items:
             if item.contribution:
                 self._submit(item, item.contribution)

@@ -27,6 +27,7 @@ class Outgoing:
     ready: Callable[[], None]  # waits until `values` have come from the accelerator
     metrics: Mapping[str, float]
     contribution: Contribution | None = None
+    was_sent_back: bool = False  # the coordinator was full
     payload: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
 
 

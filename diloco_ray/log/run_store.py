@@ -139,7 +139,7 @@ class RunStore:
                 where=self.url,
                 remedy="use a local or shared folder, s3://, gs:// or abfs://",
             )
-        path = f"probe-{uuid.uuid4().hex}"
+        path = f".probe-{uuid.uuid4().hex}"  # a dot: one that a killed process left is no reason to refuse the folder
         try:
             self.write(path, b"written")
             self.delete(path)

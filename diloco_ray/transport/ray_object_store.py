@@ -5,6 +5,7 @@ The coordinator answers when its own process holds them. A call that failed may 
 same content, until the deadline.
 """
 
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, Snaps
 
 CALL_S = 60.0  # one attempt; an answer that takes longer is asked for again
 PAUSE_S = 0.2
+NO_ROOM = (exceptions.ObjectStoreFullError, exceptions.OutOfDiskError)
 
 
 class RayTransport:
@@ -51,16 +53,26 @@ class RayTransport:
         self._call("evaluated", index, round, metrics, sample)
 
     def _call(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
-        """While Ray restarts the coordinator its calls fail; a get may even hang after a cut, hence the time-out."""
-        until = time.monotonic() + self._deadline_s
+        """While Ray restarts the coordinator its calls fail; a get may even hang after a cut, hence the time-out.
+
+        Where an object store is full, even after spilling to disk, it may have room again once others have been served.
+        """
+        until, is_told = time.monotonic() + self._deadline_s, False
         while True:
             try:
                 return ray.get(getattr(self._coordinator, method).remote(*arguments), timeout=CALL_S + wait_s)
-            except (exceptions.RayActorError, exceptions.GetTimeoutError) as error:
+            except (*NO_ROOM, exceptions.RayActorError, exceptions.GetTimeoutError) as error:
+                trouble, remedy = f"the coordinator did not answer '{method}'", "look at the coordinator's log"
+                if isinstance(error, NO_ROOM):
+                    trouble = f"Ray's object store had no room for '{method}'"
+                    remedy = "give Ray more object_store_memory, or its spilling folder more disk"
+                    if not is_told:
+                        print(f"{trouble}; waiting up to {self._deadline_s:g} s for it", file=sys.stderr, flush=True)
+                    is_told = True
                 if time.monotonic() > until:
                     raise DeadlineError(
-                        f"the coordinator did not answer '{method}' for {self._deadline_s:g} s",
+                        f"{trouble} for {self._deadline_s:g} s",
                         where=str(error).splitlines()[0],
-                        remedy="look at the coordinator's log; the same command goes on from the last committed record",
+                        remedy=f"{remedy}; the same command goes on from the last committed record",
                     ) from error
                 time.sleep(PAUSE_S)

@@ -252,6 +252,7 @@ RULES_OF_ALL = {
     "quorum": st.integers(1, 2),
     "num_rounds": st.sampled_from([3, 1000]),
     "max_islands": st.just(len(NAMES)),
+    "max_inbox_bytes": st.sampled_from([0, 250, 2**31]),  # a contribution has 100
 }
 
 

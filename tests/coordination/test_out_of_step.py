@@ -518,3 +518,16 @@ def test_weight_by_examples_is_the_size_of_the_islands_shard():
     world.join("island-00", "island-01", "island-02")
     world.work()
     assert [share.weight for share in world.log[0].shares] == [40.0, 24.0, 40.0]
+
+
+def test_when_the_inbox_is_full_each_island_has_one_contribution_in_and_the_quorum_is_reached():
+    world = by_quorum("a", "b", quorum=2, max_inbox_bytes=0)
+    assert world.work("a") == [Verdict("accepted")]
+    for _ in range(2):  # what it had in hand
+        assert [verdict.status for verdict in world.work("a")] == ["full"]
+    assert world.work("a") == [], "an island whose contributions wait is given no more work"
+    assert world.work("b") == [Verdict("accepted")]
+    assert world.shares() == [("a", 0), ("b", 0)]
+    world.work("b")
+    world.fetch_plan("a")
+    assert world.shares() == [("a", 1), ("b", 1)]

@@ -496,3 +496,31 @@ def test_an_island_that_comes_back_when_its_place_is_taken_waits_for_a_later_rou
 def test_a_plan_says_how_many_contribute_with_it():
     world = scheduled("ramp_up", 4, overlap=H)
     assert [world.plan("a", number).num_islands for number in (0, 1)] == [1, 2]
+
+
+# ---- a full inbox ----
+
+
+def test_when_the_inbox_is_full_the_open_step_gets_what_it_needs_and_the_next_rounds_wait():
+    world = at_work("a", "b", overlap=H, max_inbox_bytes=100)
+    assert world.work("a") == [Verdict("accepted")]
+    (verdict,) = world.work("a")
+    lack = "100 of 100 bytes are taken; it waits until fragment 0 has had the outer step with this island's round 1"
+    assert verdict == Verdict("full", lack)
+    world.fetch_plan("a")  # it asks again, which is not news
+    assert world.notes.count(f"a: contribution to fragment 0, round 2, waits: {lack}") == 1
+    assert world.rounds("a") == [0, 1, 2], "what it holds besides it was given before"
+    assert world.work("b") == [Verdict("accepted")]
+    assert world.shares() == [("a", 0), ("b", 0)]
+    world.fetch_plan("a")
+    assert world.state.sent_back == frozenset()
+    world.work("b")
+    assert world.shares() == [("a", 1), ("b", 1)]
+
+
+def test_a_bad_header_is_no_reason_to_wait_for_room():
+    world = at_work("a", "b", overlap=H, max_inbox_bytes=100)
+    world.work("a")
+    world.fetch_plan("a")
+    c = replace(world.islands["a"].contribution(0), payload_bytes=10**12)
+    assert world.submit(c).reason.startswith("schema: 1000000000000 bytes")

@@ -236,10 +236,11 @@ class World:
             self.send_again(island)
         return event
 
-    def send_again(self, island: ToyIsland) -> None:
-        """A restarted coordinator has lost what its predecessor had accepted and not committed."""
+    def send_again(self, island: ToyIsland, verdict: str = "") -> None:
+        """All, or what had this verdict. A restarted coordinator has lost what was accepted and not committed."""
         for plan, c in list(island.outgoing):
-            if not self.is_final(c):
+            had = self.verdicts.get((c.key, c.payload_sha256), Verdict("unknown")).status
+            if not self.is_final(c) and verdict in ("", had):
                 self.hear(island, plan, c, self.submit(c))
 
     def welcome(self, island: ToyIsland) -> None:
@@ -289,6 +290,7 @@ class World:
         for name in names or tuple(self.islands):
             island = self.islands[name]
             island.outgoing = [(plan, c) for plan, c in island.outgoing if not self.is_final(c)]
+            self.send_again(island, "full")
             while plan := plan_for(self.state, name, island.incarnation, island.newest_lease):
                 island.forget({old.lease_id for old in island.held if old.round >= plan.round} - {plan.lease_id})
                 island.newest_lease = plan.lease_id

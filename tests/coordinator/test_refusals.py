@@ -1,7 +1,11 @@
 """What a coordinator with a real store does with contributions that are wrong, late, or sent twice."""
 
+import json
+import math
+import pickle
+import tracemalloc
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +14,10 @@ import torch
 
 from diloco_ray.coordination.messages import Contribution, InnerPlan, Verdict
 from diloco_ray.coordinator.job import CoordinatorJob
+from diloco_ray.ids import canonical_json, sha256_hex
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.protocol import Beat
-from tests.small_run import Life, SmallIsland, begun, join_all, records, restored, small_job
+from tests.small_run import METRICS, Life, SmallIsland, begun, join_all, records, restored, small_job
 
 Sent = tuple[Contribution, np.ndarray]
 
@@ -41,116 +46,162 @@ def room(tmp_path: Path) -> Room:
     return Room(tmp_path)
 
 
-def with_nan(island: SmallIsland, plan: InnerPlan) -> Sent:
-    values = island.values(plan.round, 0)
-    values[7] = torch.nan
-    return island.contribution(plan, values)
+# ---- the table: every kind of bad contribution, what is said to it, and whether it is a strike ----
 
 
-def with_infinity(island: SmallIsland, plan: InnerPlan) -> Sent:
-    values = island.values(plan.round, 0)
-    values[-1] = -torch.inf
-    return island.contribution(plan, values)
+class Code:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (self.path, "w")
 
 
-def truncated(island: SmallIsland, plan: InnerPlan) -> Sent:
-    header, payload = island.contribution(plan)
-    return header, payload[:-4]
+def sent(room: Room, **fields: object) -> Sent:
+    """What the bad island would honestly send, but for these fields of the header."""
+    header, payload = room.bad.contribution(room.life.plan_of(room.bad))
+    return replace(header, **fields), payload  # type: ignore[arg-type]
 
 
-def announced_too_short(island: SmallIsland, plan: InnerPlan) -> Sent:
-    return island.contribution(plan, island.values(plan.round, 0)[:-1])
+def of_values(room: Room, change: Callable[[torch.Tensor], torch.Tensor]) -> Sent:
+    plan = room.life.plan_of(room.bad)
+    return room.bad.contribution(plan, change(room.bad.values(plan.round, 0)))
 
 
-def of_another_codec(island: SmallIsland, plan: InnerPlan) -> Sent:
-    return island.contribution(plan, codec="int4")
+def with_one(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda values: values.index_fill(0, torch.tensor([7]), value)
 
 
-def in_another_type(island: SmallIsland, plan: InnerPlan) -> Sent:
-    header, payload = island.contribution(plan)
-    return header, payload.view(np.int8)
+def of_payload(room: Room, change: Callable[[np.ndarray], np.ndarray]) -> Sent:
+    """A header that tells of another payload than what comes with it."""
+    header, payload = sent(room)
+    return header, change(payload.copy())
 
 
-def in_another_shape(island: SmallIsland, plan: InnerPlan) -> Sent:
-    header, payload = island.contribution(plan)
-    return header, payload.reshape(-1, 2)
-
-
-def with_a_flipped_bit(island: SmallIsland, plan: InnerPlan) -> Sent:
-    header, payload = island.contribution(plan)
-    payload = payload.copy()
+def flip_a_bit(payload: np.ndarray) -> np.ndarray:
     payload[100] ^= 1
-    return header, payload
+    return payload
 
 
-def with_a_huge_norm(island: SmallIsland, plan: InnerPlan) -> Sent:
-    return island.contribution(plan, island.values(plan.round, 0) * 1e6)
+def pickled(room: Room, size: int | None = None) -> Sent:
+    """A header that is right about it: the size, if one is given, and the digest."""
+    data = pickle.dumps(Code(f"{room.store.url}/pwned"))
+    payload = np.frombuffer(data.ljust(size or 0, b"~"), np.uint8)
+    return sent(room, payload_sha256=sha256_hex(payload.data), payload_bytes=payload.size)[0], payload
 
 
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [
-        (with_nan, "values: the norm of the outer gradient is nan"),
-        (with_infinity, "values: the norm of the outer gradient is inf"),
-        (truncated, "form: uint8 (4860,), announced were 4864 bytes"),
-        (announced_too_short, "schema: 4860 bytes of float32 where 4864 bytes of float32 belong"),
-        (of_another_codec, "schema: 4864 bytes of int4 where 4864 bytes of float32 belong"),
-        (in_another_shape, "form: uint8 (2432, 2), announced were 4864 bytes"),
-        (in_another_type, "form: int8 (4864,), announced were 4864 bytes"),
-        (with_a_flipped_bit, "digest: the payload is not what its header says"),
-        (with_a_huge_norm, "norm: "),
-    ],
-)
-def test_a_bad_payload_is_refused_with_its_reason_and_the_run_goes_on(
-    room: Room, spoil: Callable[[SmallIsland, InnerPlan], Sent], reason: str
+@dataclass(frozen=True)
+class Row:
+    make: Callable[[Room], Sent]
+    reason: str  # how it begins; "": it is accepted, and counts once with the weight of its lease
+    is_strike: bool = False
+
+
+VALUES = "values: the norm of the outer gradient is"
+TABLE: dict[str, Row] = {
+    "not a number": Row(
+        lambda r: of_values(r, with_one(math.nan)), "values: the norm of the outer gradient is nan", True
+    ),
+    "infinite": Row(lambda r: of_values(r, with_one(-math.inf)), f"{VALUES} inf", True),
+    "huge": Row(lambda r: of_values(r, lambda values: values * 1e6), "norm: ", True),
+    "all zero": Row(lambda r: of_values(r, torch.zeros_like), ""),
+    "one value short": Row(
+        lambda r: of_values(r, lambda values: values[:-1]),
+        "schema: 4860 bytes of float32 where 4864 bytes of float32 belong",
+        True,
+    ),
+    "a terabyte": Row(lambda r: sent(r, payload_bytes=10**12), "schema: 1000000000000 bytes of float32 where", True),
+    "less than nothing": Row(lambda r: sent(r, payload_bytes=-1), "schema: -1 bytes of float32 where 4864", True),
+    "another codec": Row(lambda r: sent(r, codec="int4"), "schema: 4864 bytes of int4 where 4864 bytes of", True),
+    "truncated": Row(lambda r: of_payload(r, lambda p: p[:-4]), "form: uint8 (4860,), announced were 4864 bytes", True),
+    "empty": Row(lambda r: of_payload(r, lambda p: p[:0]), "form: uint8 (0,), announced were 4864 bytes", True),
+    "longer than announced": Row(lambda r: of_payload(r, lambda p: np.tile(p, 1000)), "form: uint8 (4864000,)", True),
+    "another shape": Row(
+        lambda r: of_payload(r, lambda p: p.reshape(-1, 2)), "form: uint8 (2432, 2), announced were 4864 bytes", True
+    ),
+    "another type": Row(
+        lambda r: of_payload(r, lambda p: p.view(np.int8)), "form: int8 (4864,), announced were 4864 bytes", True
+    ),
+    "a flipped bit": Row(lambda r: of_payload(r, flip_a_bit), "digest: the payload is not what its header says", True),
+    "a pickle": Row(pickled, "schema: ", True),
+    "a pickle of the right size": Row(lambda r: pickled(r, 4864), f"{VALUES} inf", True),
+    "another run": Row(lambda r: sent(r, run_id="another"), "foreign: run another contributed to run 555"),
+    "another protocol": Row(lambda r: sent(r, protocol_version=99), "protocol: version 99 offered, 1 spoken"),
+    "a fragment that there is not": Row(lambda r: sent(r, fragment=1), "schema: fragment 1 of 1"),
+    "an older process's": Row(
+        lambda r: sent(r, incarnation=0), "fenced: incarnation 0 of island-01 is not the current one"
+    ),
+    "a process's to come": Row(
+        lambda r: sent(r, incarnation=7), "fenced: incarnation 7 of island-01 is not the current one"
+    ),
+    "in another island's name": Row(lambda r: sent(r, island=r.good.name), "lease: 1.4 is not held by island-00"),
+    "under another island's lease": Row(
+        lambda r: sent(r, lease_id=r.life.plan_of(r.good).lease_id), "lease: 1.3 is not held by island-01"
+    ),
+    "under no lease": Row(lambda r: sent(r, lease_id="9.9"), "lease: 9.9 is not held by island-01"),
+    "from a base to come": Row(lambda r: sent(r, base_version=5), "stale: based on version 5, fragment 0 is at 1"),
+    "from an old base": Row(lambda r: sent(r, base_version=0), "stale: based on version 0, round 2 begins at 1"),
+    "from before the beginning": Row(
+        lambda r: sent(r, base_version=-1), "stale: based on version -1, fragment 0 is at 1"
+    ),
+    "for a round to come": Row(lambda r: sent(r, round=2), "stale: based on version 1, round 3 begins at 2"),
+    "for an old round": Row(
+        lambda r: sent(r, round=-1), "stale: a contribution to round 1 is committed, this one is for round 0"
+    ),
+    "other bytes for a committed round": Row(
+        lambda r: sent(r, round=0), "conflict: another payload with this key is committed"
+    ),
+    "inflated steps and tokens": Row(
+        lambda r: sent(r, inner_steps=10**9, metrics={**METRICS, "tokens": 1e18, "inner_seconds": 1e-18}), ""
+    ),
+    "metrics that are no numbers": Row(lambda r: sent(r, metrics=dict.fromkeys(METRICS, math.nan)), ""),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_bad_contribution_is_refused_with_its_reason_or_counts_once_and_the_run_goes_on(
+    room: Room, name: str
 ) -> None:
-    life, bad = room.life, room.bad
+    row, life, bad = TABLE[name], room.life, room.bad
     plan = life.plan_of(bad)
-    verdict = life.submit(*spoil(bad, plan))
-    assert verdict.status == "rejected"
-    assert verdict.reason.startswith(reason)
-    assert f"{bad.name}: contribution rejected (strike 1): {reason}" in life.notes()
-    assert life.coordinator.state.ledger.account()["rejected"] == 64
-
-    again = life.plan_of(bad)
-    assert again.ranges == plan.ranges
-    assert again.lease_id != plan.lease_id
-    room.one_round()
-    assert [len(record.shares) for record in records(room.store)] == [2, 2]
+    header, payload = row.make(room)
+    tracemalloc.start()
+    verdicts = [life.submit(header, payload)]
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 200_000, "it costs as much memory as it claims to have"
+    account = life.coordinator.state.ledger.account()
+    if row.reason:
+        assert (verdicts[0].status, verdicts[0].reason[: len(row.reason)]) == ("rejected", row.reason)
+        assert life.coordinator._payloads == {}
+        assert life.coordinator.state.members[bad.name].strikes == int(row.is_strike)
+        assert account["rejected"] == (64 if row.is_strike else 0)
+        again = life.plan_of(bad)
+        assert again.ranges == plan.ranges
+        assert (again.lease_id != plan.lease_id) == row.is_strike
+        assert (f"{bad.name}: contribution rejected (strike 1): {row.reason}" in life.notes()) == row.is_strike
+        room.one_round()
+    else:
+        verdicts += [life.submit(header, payload) for _ in range(99)]
+        assert {verdict.status for verdict in verdicts} == {"accepted"}
+        room.send_honestly(room.good)
+        assert life.submit(header, payload) == Verdict("committed")
+    newest = records(room.store)[-1]
+    assert (newest.version, len(newest.shares)) == (2, 2)
+    assert [(share.weight, share.tokens) for share in newest.shares] == [(1.0, 64)] * 2
     assert bool(restored(room.store, room.job).parameters(0).isfinite().all())
-
-
-@pytest.mark.parametrize(
-    ("lie", "reason"),
-    [
-        ({"run_id": "another"}, "foreign: run another contributed to run 555"),
-        ({"protocol_version": 99}, "protocol: version 99 offered, 1 spoken"),
-        ({"fragment": 1}, "schema: fragment 1 of 1"),
-        ({"incarnation": 7}, "fenced: incarnation 7 of island-01 is not the current one"),
-        ({"base_version": 5}, "stale: based on version 5, fragment 0 is at 1"),
-        ({"base_version": 0}, "stale: based on version 0, round 2 begins at 1"),
-        ({"base_version": -1}, "stale: based on version -1, fragment 0 is at 1"),
-        ({"round": 2}, "stale: based on version 1, round 3 begins at 2"),
-        ({"round": -1}, "stale: a contribution to round 1 is committed, this one is for round 0"),
-        ({"lease_id": "9.9"}, "lease: 9.9 is not held by island-01"),
-    ],
-)
-def test_what_is_not_awaited_is_refused_without_a_strike(room: Room, lie: dict[str, object], reason: str) -> None:
-    life, bad = room.life, room.bad
-    header, payload = bad.contribution(life.plan_of(bad))
-    verdict = life.submit(replace(header, **lie), payload)  # type: ignore[arg-type]
-    assert verdict.status == "rejected"
-    assert verdict.reason.startswith(reason)
-    assert life.coordinator.state.members[bad.name].strikes == 0
-    assert life.coordinator._payloads == {}
+    assert not room.store.exists("pwned")
+    json.loads(canonical_json(life.coordinator.report.status(life.coordinator.state)))
     room.one_round()
-    assert len(records(room.store)) == 2
+    assert life.coordinator.state.phase == "succeeded"
 
 
 def test_three_bad_payloads_in_a_row_bar_the_island_and_the_others_go_on(room: Room) -> None:
     life, bad = room.life, room.bad
     for _ in range(3):
-        assert life.submit(*with_nan(bad, life.plan_of(bad))).status == "rejected"
+        assert life.submit(*of_values(room, with_one(math.nan))).status == "rejected"
     assert life.coordinator.state.members[bad.name].standing == "quarantined"
     assert "quarantined" in bad.join(life.coordinator)
     assert room.send_honestly(room.good).status == "accepted"

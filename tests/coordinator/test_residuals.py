@@ -70,6 +70,21 @@ def test_a_new_life_goes_on_saving_and_deletes_what_it_took_over(store: RunStore
     assert {name.split("-")[1].split(".")[0] for name in store.list(FOLDER)} == {"00000002", "00000003"}
 
 
+def test_however_often_a_life_ends_nothing_is_left_but_what_a_record_needs_or_may_need(store: RunStore) -> None:
+    log: list[Record] = []
+    for index in range(1, 6):  # each in a life of its own, which ends before a second try at the next one is committed
+        residuals = Residuals(store, JOB.layout, log)
+        log.append(record(store, index, 0))
+        residuals.save(0, index, log[-1].payload_sha256)
+        residuals.save(0, index + 1, "f" * 64)
+    Residuals(store, JOB.layout, log)
+    assert {name[:25] for name in store.list(FOLDER)} == {
+        f"000-00000005-{log[-1].payload_sha256[:12]}",
+        "000-00000006-" + "f" * 12,
+    }
+    assert len(store.list(FOLDER)) == 2 * 2
+
+
 def test_of_each_fragment_two_are_kept_and_no_file_of_older_ones_is_left(store: RunStore) -> None:
     saved(store, (1, 0), (2, 1), (3, 0), (4, 1), (5, 0), (7, 0))
     names = store.list(FOLDER)

@@ -180,6 +180,20 @@ def test_a_refusal_that_leaves_the_lease_ends_nothing_and_is_not_repeated(tmp_pa
     assert len(line.sent) == 1
 
 
+def test_what_there_was_no_room_for_is_sent_again_until_there_is_and_no_more(tmp_path: Path) -> None:
+    line = Script(begin_of(tmp_path)[0])
+    line.verdict = Verdict("full", "100 of 100 bytes are taken")
+    exchange = started(line)
+    post(exchange, PLAN)
+    exchange.poll()
+    assert line.sent == [line.sent[0]] * 2
+    assert exchange._held() == (PLAN,)
+    line.verdict = Verdict("accepted")
+    for _ in range(3):
+        exchange.poll()
+    assert line.sent == [line.sent[0]] * 3
+
+
 # ---- plans ----
 
 
@@ -415,6 +429,22 @@ def test_rounds_go_by_with_threads_and_over_a_restart_of_the_coordinator(tmp_pat
     assert all(torch.equal(exchange.base[0], final) for exchange in room.exchanges)
     tokens = records(room.store)[-1].tokens
     assert tokens["committed"] == 3 * 2 * 64
+
+
+def test_rounds_go_by_with_threads_though_there_is_room_for_hardly_anything(tmp_path: Path, threads: Start) -> None:
+    """One island sends its next round before the other has sent this one, as it may with a whole round of overlap."""
+    room = Room(tmp_path, overlap=2, max_inbox_bytes=0)
+    ahead, behind = room.exchanges
+    for exchange in room.exchanges:
+        threads(exchange)
+    for round in range(2):
+        room.post(ahead, room.begin(ahead))
+        wait_for(lambda number=round: len(room.line.sent) > number)
+    assert "contribution to fragment 0, round 2, waits: 4,864 of 0 bytes" in str(room.coordinator.report.own_events)
+    for _ in range(2):
+        room.post(behind, room.begin(behind))
+    wait_for(lambda: room.coordinator.state.index == 2)
+    assert [[share.round for share in record.shares] for record in records(room.store)] == [[0, 0], [1, 1]]
 
 
 class Gate:

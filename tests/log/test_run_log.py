@@ -15,6 +15,7 @@ from diloco_ray.log.run_log import RunLog, read_ahead, record_path, take_fence
 from diloco_ray.log.run_store import Bytes, RunStore
 from diloco_ray.log.snapshot import restore
 from diloco_ray.log.verify import verify
+from diloco_ray.simulation.storage import IOCall, TappedStore
 
 
 def test_an_opened_log_is_the_one_that_was_written(store: RunStore):
@@ -137,29 +138,17 @@ class Killed(BaseException):
     """The process is gone."""
 
 
-class DyingStore(RunStore):
+def dying_store(url: str, dies_at: int, when: str) -> RunStore:
     """Dies at its n-th change of the storage: before it, or after it but before the caller is told."""
+    num_changes = 0
 
-    def __init__(self, url: str, dies_at: int, when: str):
-        super().__init__(url)
-        self.changes_left, self.when = dies_at, when
-
-    def write(self, path: str, data: Bytes) -> None:
-        self._change(lambda: RunStore.write(self, path, data))
-
-    def create(self, path: str, data: Bytes) -> None:
-        self._change(lambda: RunStore.create(self, path, data))
-
-    def delete(self, path: str) -> None:
-        self._change(lambda: RunStore.delete(self, path))
-
-    def _change(self, act) -> None:
-        self.changes_left -= 1
-        if self.changes_left < 0 or (self.changes_left == 0 and self.when == "before"):
+    def tap(call: IOCall) -> None:
+        nonlocal num_changes
+        num_changes += call.changes and call.moment == "before"
+        if num_changes > dies_at or (num_changes == dies_at and call.changes and call.moment == when):
             raise Killed
-        act()
-        if self.changes_left == 0:
-            raise Killed
+
+    return TappedStore(url, tap)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -170,7 +159,7 @@ def test_every_crash_point_leaves_a_state_to_go_on_from(tmp_path: Path, when: st
         store = RunStore(str(tmp_path / f"run {dies_at}"))
         run = ToyRun(store).start()
         announced = 0
-        run.store = run.log.store = DyingStore(store.url, dies_at, when)
+        run.store = run.log.store = dying_store(store.url, dies_at, when)
         try:
             for _ in range(6):
                 run.take_steps(1, snapshot_every=2)

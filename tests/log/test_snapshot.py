@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run_log import DyingStore, Killed
+from test_run_log import Killed, dying_store
 from toy_run import ToyRun, bits, new_replica
 
 from diloco_ray.algorithm.codecs import get_codec
@@ -160,7 +160,7 @@ def test_a_kill_while_pruning_leaves_only_whole_snapshots(tmp_path: Path, when: 
         store = RunStore(str(tmp_path / str(dies_at)))
         run = ToyRun(store).start().take_steps(4, snapshot_every=1)
         try:
-            prune_snapshots(DyingStore(store.url, dies_at, when), 1)
+            prune_snapshots(dying_store(store.url, dies_at, when), 1)
         except Killed:
             for index in list_snapshots(store):
                 load_snapshot(store, index, fresh(run))
@@ -220,7 +220,7 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint_or_the_new(tmp_path: Path
     store = RunStore(str(tmp_path))
     save_tensors(store, "c", {"x": torch.zeros(2)}, {"step": 1})
     with pytest.raises(Killed):
-        save_tensors(DyingStore(store.url, dies_at, when), "c", {"x": torch.ones(2)}, {"step": 2})
+        save_tensors(dying_store(store.url, dies_at, when), "c", {"x": torch.ones(2)}, {"step": 2})
     tensors, meta = load_tensors(store, "c")
     assert tensors["x"][0] == meta["step"] - 1
 

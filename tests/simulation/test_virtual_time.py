@@ -41,6 +41,10 @@ def records(run: Run) -> list[Record]:
     return RunLog.open(run.store).records[1:]
 
 
+def made_of(run: Run) -> list[list[tuple[str, int]]]:
+    return [[(share.island, share.round) for share in record.shares] for record in records(run)]
+
+
 def digests(run: Run) -> list[str]:
     return [record.parameters_digest for record in records(run)]
 
@@ -117,3 +121,16 @@ def test_a_grace_window_ends_in_virtual_time(tiny: dict[str, Any]) -> None:
     assert [len(record.shares) for record in records(run)] == [2] * 4
     assert coordinator.state.ledger.account()["expired"] > 0
     assert 4 * 11 <= seconds_of(coordinator) < 4 * 11 + 10
+
+
+@pytest.mark.parametrize("preset", ["delayed", "decoupled"])
+def test_a_run_with_hardly_any_room_for_contributions_gets_on(tiny: dict[str, Any], preset: str) -> None:
+    """Where islands go in step, every step is made of the same contributions as with room for all."""
+    sync = {"preset": preset, "fragments": 2, "quorum": 3}
+    roomy, _ = trained(tiny, "roomy", sync=sync, experiment={"speeds": SPEEDS})
+    tight, coordinator = trained(tiny, "tight", sync={**sync, "max_inbox_bytes": 0}, experiment={"speeds": SPEEDS})
+    decisions = [event["text"] for event in of_kind(coordinator.report.own_events, "decision")]
+    assert any("waits until fragment" in text for text in decisions)
+    assert verify(tight.store, replica_of).problems == ()
+    if preset == "delayed":
+        assert made_of(tight) == made_of(roomy)

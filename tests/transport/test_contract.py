@@ -347,6 +347,44 @@ def test_over_ray_a_dead_coordinator_is_waited_for_until_the_deadline_and_named(
         RayTransport(actor, 0.5).measured()
 
 
+class CrowdedStore:
+    """A coordinator's handle whose object store has no room for the first so many calls."""
+
+    def __init__(self, error: Exception, num_refusals: int):
+        self.error, self.num_refusals, self.num_calls = error, num_refusals, 0
+
+    @property
+    def measured(self) -> "CrowdedStore":
+        return self
+
+    def remote(self) -> set[int]:
+        self.num_calls += 1
+        if self.num_calls <= self.num_refusals:
+            raise self.error
+        return {7}
+
+
+@pytest.mark.parametrize("kind", ["ObjectStoreFullError", "OutOfDiskError"])
+def test_over_ray_a_full_object_store_is_waited_for_with_a_word_and_until_the_deadline(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real one fills only where spilling fails too; its errors are raised here as Ray raises them, by the call."""
+    import ray
+
+    from diloco_ray.transport.ray_object_store import RayTransport
+
+    monkeypatch.setattr(ray, "get", lambda answer, timeout: answer)
+    full = getattr(ray.exceptions, kind)("the store is full\nand so on")
+    passing = CrowdedStore(full, 2)
+    assert RayTransport(passing, PATIENCE_S).measured() == {7}
+    assert passing.num_calls == 3
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"Ray's object store had no room for 'measured'; waiting up to {PATIENCE_S:g} s for it"]
+    with pytest.raises(DeadlineError, match=r"no room for 'measured' for 0\.3 s") as caught:
+        RayTransport(CrowdedStore(full, 10**6), 0.3).measured()
+    assert "object_store_memory" in caught.value.remedy
+
+
 def test_in_memory_a_coordinator_that_does_not_judge_at_once_is_an_error(
     islands: list[SmallIsland], store: RunStore
 ) -> None:
