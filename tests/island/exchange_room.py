@@ -213,6 +213,11 @@ class Room:
         exchange.post(plan, self.fragments[fragment], tensors, plan.inner_steps, METRICS)
 
 
+def held_by(exchange: Exchange) -> tuple[InnerPlan, ...]:
+    """What it would say that it holds, to a coordinator that it says hello to."""
+    return exchange._plans.held(exchange._outbox.plans)
+
+
 def shapes_of(fragment: Any) -> dict[str, tuple[int, ...]]:
     return {slot.name: slot.shape for slot in fragment.slots}
 

@@ -29,6 +29,7 @@ from tests.island.exchange_room import (
     Script,
     SeenThreads,
     coordinator_of,
+    held_by,
     identity,
     island_job,
     shapes_of,
@@ -109,13 +110,13 @@ def test_a_contribution_is_kept_until_its_outer_step_is_known(tmp_path: Path) ->
     assert one.payload_of(plan, 0).numpy().tobytes() == room.line.sent[0][1].tobytes()  # type: ignore[union-attr]
     one.poll()
     assert not one.is_settled(0, 0)
-    assert one._held() == (plan,)
+    assert held_by(one) == (plan,)
     room.post(other, others)
     one.poll()
     assert one.is_settled(0, 0)
     assert one.payload_of(plan, 0) is None
     one.plan = None  # as the worker does when its inner steps are taken
-    assert [held.round for held in one._held()] == [1]  # the next one has come with the record
+    assert [held.round for held in held_by(one)] == [1]  # the next one has come with the record
     assert torch.equal(one.fetch(0), restored(room.store, room.job).parameters(0))
     assert one.base_versions == [1]
 
@@ -159,7 +160,7 @@ def test_a_bad_contribution_ends_its_plan_and_the_next_one_has_the_same_data(tmp
     with pytest.raises(RoundAbandonedError):
         one.check(plan)
     one.abandon(plan)
-    assert one._held() == ()
+    assert held_by(one) == ()
     again = room.begin(one)
     assert (again.round, again.ranges) == (plan.round, plan.ranges)
     one.check(again)
@@ -187,7 +188,7 @@ def test_what_there_was_no_room_for_is_sent_again_until_there_is_and_no_more(tmp
     post(exchange, PLAN)
     exchange.poll()
     assert line.sent == [line.sent[0]] * 2
-    assert exchange._held() == (PLAN,)
+    assert held_by(exchange) == (PLAN,)
     line.verdict = Verdict("accepted")
     for _ in range(3):
         exchange.poll()
@@ -222,12 +223,12 @@ def test_a_plan_for_a_round_that_was_planned_already_replaces_what_was_planned(t
     hear_of(exchange, line, plan("1.1", 4), plan("1.2", 5))
     begun = exchange.next_plan()
     assert begun == plan("1.1", 4)
-    assert exchange._held() == (plan("1.1", 4), plan("1.2", 5))
+    assert held_by(exchange) == (plan("1.1", 4), plan("1.2", 5))
     exchange.check(begun)
     hear_of(exchange, line, plan("1.3", 4))
     with pytest.raises(RoundAbandonedError):
         exchange.check(begun)
-    assert exchange._held() == (plan("1.3", 4),)
+    assert held_by(exchange) == (plan("1.3", 4),)
     exchange.abandon(begun)
     assert exchange.next_plan() == plan("1.3", 4)
     exchange.check(plan("1.3", 4))
@@ -515,7 +516,7 @@ def test_a_plan_abandoned_while_it_is_encoded_is_not_sent_and_is_waited_for(tmp_
     exchange.void(plan.lease_id)
     exchange.abandon(plan)
     assert not exchange.is_encoded(0)
-    assert exchange._held() == ()
+    assert held_by(exchange) == ()
     gate.open.set()
     wait_for(lambda: exchange.is_encoded(0))
     assert room.line.sent == []
