@@ -51,6 +51,13 @@ def add_node(cluster: Cluster) -> Any:
     return cluster.add_node(**{key: value for key, value in NODE.items() if key != "include_dashboard"})
 
 
+def wait_until_known(node: Any) -> None:
+    """To the scheduler, which else passes over a wish for it."""
+    there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+    look = ray.remote(num_cpus=0, scheduling_strategy=there)(lambda: ray.get_runtime_context().get_node_id())
+    assert ray.get(look.remote(), timeout=60) == node.node_id
+
+
 def num_replaced(status: dict[str, Any]) -> int:
     return sum(island["state"] == "alive" and island["incarnation"] == 2 for island in status["islands"])
 
@@ -96,12 +103,14 @@ def test_a_frozen_node_takes_neither_the_run_nor_its_log_with_it_and_a_drained_o
     with the newer one until others take their names."""
     first = add_node(cluster)
 
+    there = NodeAffinitySchedulingStrategy(first.node_id, soft=True)
+
     class OnTheFirst:
         @staticmethod
         def options(**options: Any) -> Any:
-            there = NodeAffinitySchedulingStrategy(first.node_id, soft=True)
             return CoordinatorActor.options(**options, scheduling_strategy=there)
 
+    wait_until_known(first)
     monkeypatch.setattr(driver, "CoordinatorActor", OnTheFirst)
     body = {
         **tiny,
