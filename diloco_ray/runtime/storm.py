@@ -2,7 +2,7 @@
 
     kill         SIGKILL of an island
     freeze       SIGSTOP of an island, SIGCONT before its silence counts
-    hang         SIGSTOP of an island until long after it was given up and replaced: it comes back as a zombie
+    hang         SIGSTOP of an island until long after it was given up and replaced: a zombie, if Ray has not ended it
     preempt      SIGTERM of an island: it has notice, leaves, and comes back
     evict        the same, and its place is taken for a while: it joins later
     coordinator  SIGKILL of the coordinator
