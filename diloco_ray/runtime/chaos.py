@@ -10,7 +10,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -133,6 +133,7 @@ def _report(calm: _Watched, stormy: _Watched, storm: Storm, storm_s: float, zomb
             "hit": len(storm.faults),
             "missed": len(storm.missed),
             "by_kind": {kind: _of_kind(kind, storm) for kind in SHARES},
+            "each": [asdict(fault) for fault in storm.faults],
         },
         "rounds": records[-1].round,
         "outer_steps": len(records) - 1,

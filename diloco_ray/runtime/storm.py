@@ -2,7 +2,7 @@
 
     kill         SIGKILL of an island
     freeze       SIGSTOP of an island, SIGCONT before its silence counts
-    hang         SIGSTOP of an island until long after it was given up and replaced: it comes back as a zombie
+    hang         SIGSTOP of an island until long after it was given up and replaced: a zombie, if Ray has not ended it
     preempt      SIGTERM of an island: it has notice, leaves, and comes back
     evict        the same, and its place is taken for a while: it joins later
     coordinator  SIGKILL of the coordinator
@@ -23,6 +23,14 @@ from typing import Any
 from ray.util.placement_group import placement_group, remove_placement_group
 
 SHARES = {"kill": 0.35, "freeze": 0.15, "hang": 0.1, "preempt": 0.2, "evict": 0.08, "coordinator": 0.12}
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "freeze": signal.SIGSTOP,
+    "hang": signal.SIGSTOP,
+    "preempt": signal.SIGTERM,
+    "evict": signal.SIGTERM,
+    "coordinator": signal.SIGKILL,
+}
 PLACE = "island_place"  # the resource of which every island needs one
 AWAY_S = 20.0  # how long an evicted island's place is taken
 AGAIN_S = 1.0  # a strike that hit nothing is repeated
@@ -146,11 +154,12 @@ class Storm:
     def _strike(self, planned: Planned) -> bool:
         """Whether it hit."""
         status = self._status
-        frozen = {fault.pid for fault in self.faults if fault.ends_s > self.now_s}
-        targets = [(i["pid"], i["process"], i["name"]) for i in status["islands"] if i["state"] == "alive"]
-        targets = [target for target in targets if target[0] not in frozen]
         if planned.kind == "coordinator":
             targets = [(status["coordinator"]["pid"], status["coordinator"]["fence_epoch"], "")]
+        else:
+            targets = [(i["pid"], i["process"], i["name"]) for i in status["islands"] if i["state"] == "alive"]
+        spared = {f.pid for f in self.faults if f.ends_s > self.now_s or f.kind in ("kill", "coordinator")}
+        targets = [target for target in targets if target[0] not in spared]  # what is frozen or dead is no target
         try:
             pid, before, name = targets[int(planned.victim * len(targets))]
             ends_s = self._hit(planned.kind, pid)
@@ -168,20 +177,10 @@ class Storm:
         if kind == "evict":
             place = placement_group([{PLACE: 1}])
             self._to_end.append((ends_s, lambda: remove_placement_group(place)))
-        os.kill(pid, _SIGNALS[kind])
+        os.kill(pid, SIGNALS[kind])
         if kind in ("freeze", "hang"):
             self._to_end.append((ends_s, lambda: _go_on(pid)))
         return ends_s
-
-
-_SIGNALS = {
-    "kill": signal.SIGKILL,
-    "freeze": signal.SIGSTOP,
-    "hang": signal.SIGSTOP,
-    "preempt": signal.SIGTERM,
-    "evict": signal.SIGTERM,
-    "coordinator": signal.SIGKILL,
-}
 
 
 def _go_on(pid: int) -> None:

@@ -10,7 +10,6 @@ import ray
 from ray._private.state import actors as all_actors
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diloco_ray.config import RunConfig
 from diloco_ray.document import replica_of
@@ -46,13 +45,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def add_node(cluster: Cluster) -> Any:
+def add_node(cluster: Cluster, **more: Any) -> Any:
     """With room for two islands more."""
-    return cluster.add_node(**{key: value for key, value in NODE.items() if key != "include_dashboard"})
-
-
-def num_replaced(status: dict[str, Any]) -> int:
-    return sum(island["state"] == "alive" and island["incarnation"] == 2 for island in status["islands"])
+    return cluster.add_node(**{key: value for key, value in NODE.items() if key != "include_dashboard"}, **more)
 
 
 def test_more_islands_than_the_cluster_can_place_are_waited_for_and_then_refused(
@@ -89,49 +84,62 @@ def test_islands_join_as_nodes_come_and_the_others_go_on_as_nodes_go(cluster: Cl
     assert report.num_outer_steps == 40
 
 
-def test_a_frozen_node_takes_neither_the_run_nor_its_log_with_it_and_a_drained_one_gives_its_work_back(
-    cluster: Cluster, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The frozen node's processes live on, cut off from Ray: two coordinators on one run store, and islands that go on
-    with the newer one until others take their names."""
-    first = add_node(cluster)
-
-    class OnTheFirst:
-        @staticmethod
-        def options(**options: Any) -> Any:
-            there = NodeAffinitySchedulingStrategy(first.node_id, soft=True)
-            return CoordinatorActor.options(**options, scheduling_strategy=there)
-
-    monkeypatch.setattr(driver, "CoordinatorActor", OnTheFirst)
-    body = {
+def elastic(tiny: dict[str, Any], rounds: int) -> dict[str, Any]:
+    return {
         **tiny,
         "islands": [1, 4],
-        "rounds": 100,
+        "rounds": rounds,
         "inner": {**tiny["inner"], "steps_per_round": 150},
         "sync": {"heartbeat_every_s": 0.5, "heartbeat_timeout_s": 10},
         "cluster": {"island_resources": {"CPU": 1}},
     }
+
+
+def test_the_islands_of_a_node_that_is_drained_give_their_work_back_and_leave(
+    cluster: Cluster, tiny: dict[str, Any]
+) -> None:
+    node = add_node(cluster)
+    body = elastic(tiny, rounds=20)
     watched = Watched(RunConfig.from_dict(body))
     watched.wait_until(lambda s: s["contributions"]["applied"] == 4, "four islands train")
+    gcs = ray._raylet.GcsClient(address=cluster.address)
+    gcs.drain_node(node.node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot", 0)
+    watched.wait_until(lambda s: num_alive(s) == 2, "two have left")
+    assert sum("left: preempted" in text for text in watched.texts) == 2
+    assert not any("silent" in text for text in watched.texts)
+    watched.join()
+    assert verify(RunStore(str(run_folder(body))), replica_of).problems == ()
+
+
+def test_a_coordinator_on_a_frozen_node_is_fenced_when_ray_has_started_it_elsewhere(
+    cluster: Cluster, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frozen node's processes live on, cut off from Ray: two coordinators on one run store."""
+    first = add_node(cluster, resources={"seat": 1})
+
+    class Seated:
+        @staticmethod
+        def options(**options: Any) -> Any:
+            return CoordinatorActor.options(**options, resources={"seat": 1})
+
+    monkeypatch.setattr(driver, "CoordinatorActor", Seated)
+    body = elastic(tiny, rounds=30)
+    watched = Watched(RunConfig.from_dict(body))
+    watched.wait_until(lambda s: s["outer_steps"] >= 1, "it trains")
     before = watched.status
     (raylet,) = first.all_processes["raylet"]
     os.kill(raylet.process.pid, signal.SIGSTOP)
     try:
+        add_node(cluster, resources={"seat": 1})
         watched.wait_until(lambda s: s["coordinator"]["fence_epoch"] == 2, "another coordinator takes over")
         watched.wait_until(lambda s: s["outer_steps"] > before["outer_steps"] + 1, "it writes")
         os.kill(before["coordinator"]["pid"], 0)  # and the one before it is still there
     finally:
         os.kill(raylet.process.pid, signal.SIGCONT)
-    second = add_node(cluster)
-    watched.wait_until(lambda s: num_replaced(s) == 2, "the islands of the frozen node are replaced")
-    gcs = ray._raylet.GcsClient(address=cluster.address)
-    gcs.drain_node(second.node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot", 0)
-    watched.wait_until(lambda s: num_replaced(s) == 0, "the islands of the drained node have left")
-    assert sum("left: preempted" in text for text in watched.texts) == 2
     watched.join()
     report = verify(RunStore(str(run_folder(body))), replica_of)
     assert report.problems == ()
-    assert report.num_outer_steps == 100
+    assert report.num_outer_steps == 30
 
 
 def test_islands_go_only_to_nodes_with_the_labels_that_the_recipe_names(cluster: Cluster, tiny: dict[str, Any]) -> None:

@@ -1,5 +1,10 @@
 """A storm, on paper: its schedule, what counts as noticed and as over, and sequences that were committed twice."""
 
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +12,7 @@ import pytest
 from diloco_ray.coordination.messages import DataRange, Share
 from diloco_ray.log.record import Record
 from diloco_ray.runtime.chaos import num_doubled
-from diloco_ray.runtime.storm import SHARES, Fault, schedule
+from diloco_ray.runtime.storm import SHARES, Fault, Planned, Storm, schedule
 
 
 def test_a_storm_has_as_many_faults_as_its_rate_says_and_is_the_same_for_the_same_seed() -> None:
@@ -53,6 +58,57 @@ def test_the_coordinator_is_over_it_when_its_next_life_has_taken_an_outer_step()
     after = {"fence_epoch": 2}
     lives = [(11, status()), (14, status(coordinator=after)), (16, status(coordinator=after, outer_steps=8))]
     assert times_of("coordinator", *lives) == (14, 16)
+
+
+@pytest.fixture
+def sleepers() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes that stand for islands."""
+    running = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    yield running
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def of_two(sleepers: list[subprocess.Popen[bytes]]) -> dict[str, Any]:
+    islands = [
+        {"name": f"island-{n:02d}", "state": "alive", "process": str(n), "pid": process.pid, "last_seen_s": 0.1}
+        for n, process in enumerate(sleepers)
+    ]
+    return status(islands=islands, rounds=1)
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def state_of(process: subprocess.Popen[bytes]) -> str:
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0]
+
+
+def test_a_storm_strikes_processes_lets_go_of_them_and_counts_what_hit_nothing(
+    sleepers: list[subprocess.Popen[bytes]],
+) -> None:
+    told: list[str] = []
+    planned = [Planned(0.0, "freeze", 0.9), Planned(0.1, "kill", 0.0), Planned(0.2, "kill", 0.0)]
+    storm = Storm(planned, heartbeat_timeout_s=400.0, tell=told.append)
+    storm.see({**of_two(sleepers), "rounds": 0})
+    assert not told
+    storm.see(of_two(sleepers))
+    assert sleepers[0].wait(30) == -signal.SIGKILL
+    wait_for(lambda: storm.missed)  # what is frozen is not struck again, and the other is gone
+    assert state_of(sleepers[1]) == "T"
+    assert [(fault.kind, fault.island) for fault in storm.faults] == [("freeze", "island-01"), ("kill", "island-00")]
+    assert set(storm.missed) == {"kill"}
+    storm.stop()
+    wait_for(lambda: state_of(sleepers[1]) == "S")
+    assert told[:2] == [
+        f"fault 1: freeze of island-01 (pid {sleepers[1].pid})",
+        f"fault 2: kill of island-00 (pid {sleepers[0].pid})",
+    ]
 
 
 def test_sequences_that_two_leases_spent_are_counted() -> None:
