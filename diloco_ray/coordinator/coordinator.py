@@ -46,7 +46,7 @@ from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.coordinator.payloads import Payload
 from diloco_ray.coordinator.report import Report
 from diloco_ray.coordinator.residuals import Residuals
-from diloco_ray.errors import DiLoCoError, StoreError
+from diloco_ray.errors import DiLoCoError, FencedError, StoreError
 from diloco_ray.ids import sha256_hex
 from diloco_ray.log.record import Record
 from diloco_ray.log.run_log import RunLog, check_fence, take_fence
@@ -106,6 +106,11 @@ class Coordinator:
         expected = [share.island for share in records[-1].shares] if records else job.expected
         return expect(state, expected, now_s=self._now_s(), within_s=job.join_timeout_s)
 
+    @property
+    def is_fenced(self) -> bool:
+        """Whether it has found that another coordinator writes the run now."""
+        return isinstance(self.error, FencedError)
+
     # ---- doors: what followers call ----
 
     def join(self, hello: Hello) -> Welcome:
@@ -129,6 +134,8 @@ class Coordinator:
 
     def submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
         """`pending` while the payload is inspected; ask `verdict_on` after the next change."""
+        if self.is_fenced:
+            return Verdict("unknown")  # its successor is to judge
         name = (contribution.key, contribution.payload_sha256)
         self._verdicts.pop(name, None)
         self._payloads.setdefault(name, Payload(payload))
@@ -140,6 +147,8 @@ class Coordinator:
 
     def news(self, island: str, incarnation: int, after: int, held: str) -> News | None:
         """None: nothing new past `after` and no plan that follows `held`. Observers follow with an empty name."""
+        if self.is_fenced:
+            return None  # the run may go on elsewhere: its successor knows
         if ended(self.state):
             records = self._feed.records_after(after, self.state.index)
             return News("ok", records) if records else News("over", reason=self.state.reason)

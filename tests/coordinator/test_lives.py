@@ -83,6 +83,19 @@ def test_a_second_coordinator_fences_the_first_which_writes_nothing_more(store: 
     assert [record.fence_epoch for record in records(store)] == [1, 2, 2]
 
 
+def test_a_fenced_coordinator_tells_nobody_that_the_run_is_over(store: RunStore) -> None:
+    """Islands that hear it would leave its successor."""
+    first = Life(store, JOB)
+    islands = two_islands(first)
+    island = islands[0]
+    item = island.contribution(first.plan_of(island))
+    Life(store, JOB)
+    first.coordinator.fail(FencedError("fence epoch 2 is taken"))
+    assert first.coordinator.state.phase == "failed"
+    assert first.coordinator.news(island.name, island.incarnation, 0, "") is None
+    assert first.coordinator.submit(*item).status == "unknown"
+
+
 def test_a_coordinator_that_lost_the_race_for_a_record_stops_even_if_it_saw_no_newer_fence(store: RunStore) -> None:
     """The create of the record decides, not the look at the fences."""
     first = Life(store, JOB)
