@@ -197,10 +197,18 @@ def _inspected(state: RunState, event: Inspected) -> Step:
         return _strike(state, c, verdict.reason)
     accepted = replace(held, norm=event.norm, accepted_s=event.now_s)
     state = replace(state, inbox={**state.inbox, c.key: accepted})
-    tokens_per_step = state.rules.sequences_per_inner_step * state.ledger.tokens_per_sequence
-    steps = max(1.0, c.metrics.get("tokens", 0.0) / tokens_per_step)
-    state = replace(state, pace=state.pace.stepped(c.island, c.metrics.get("inner_seconds", 0.0) / steps))
+    state = replace(state, pace=state.pace.stepped(c.island, _step_s(state, c)))
     return state, [Answer(c, verdict)]
+
+
+def _step_s(state: RunState, c: Contribution) -> float:
+    """Of one inner step, by the island's word. With a quorum, whatever else it does between two contributions counts:
+    outer steps are to come no more often than they do."""
+    tokens_per_step = state.rules.sequences_per_inner_step * state.ledger.tokens_per_sequence
+    seconds = c.metrics.get("inner_seconds", 0.0)
+    if state.rules.closes == "quorum":
+        seconds += c.metrics.get("sync_wait_seconds", 0.0)
+    return seconds / max(1.0, c.metrics.get("tokens", 0.0) / tokens_per_step)
 
 
 def _strike(state: RunState, c: Contribution, reason: str) -> Step:

@@ -161,6 +161,16 @@ def test_the_interval_is_a_round_of_the_fastest_island_where_the_recipe_gives_no
     assert world.state.index == steps + 1
 
 
+def test_the_interval_has_room_for_all_that_an_island_does_in_a_round():
+    """Where steps take less than sending and merging, each island's contribution would be a step of its own."""
+    world = by_quorum("a", "b", launch_interval_s=None)
+    world.islands["a"].other_s = world.islands["b"].other_s = 10.0
+    world = at_pace(world, 7.0, a=3.0)
+    launched_s = world.state.pace.launched_s[0]
+    world.work("a", "b")
+    assert next_look_s(world.state) == pytest.approx(launched_s + 2 * 3.0 + 10.0)
+
+
 def test_fragments_have_intervals_and_quorums_of_their_own():
     world = by_quorum("a", "b", num_fragments=2, quorum=2)
     world.fetch_plan()

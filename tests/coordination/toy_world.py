@@ -72,6 +72,7 @@ class ToyIsland:
     outgoing: list[tuple[InnerPlan, Contribution]] = field(default_factory=list)  # sent; their fate is not known
     newest_lease: str = ""
     step_s: float = 0.0  # what it says that an inner step takes
+    other_s: float = 0.0  # between two contributions, beside inner steps
     digests_differ: bool = False
     fenced: bool = False
     hung: bool = False  # its heart beats, its work does not get on
@@ -109,6 +110,7 @@ class ToyIsland:
             payload_bytes=100,
             metrics={
                 "inner_seconds": self.step_s * self.plan.inner_steps,
+                "sync_wait_seconds": self.other_s,
                 "tokens": float(sum(r.num_sequences for r in self.plan.ranges) * TOKENS_PER_SEQUENCE),
             },
         )
