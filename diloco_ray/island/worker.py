@@ -92,7 +92,6 @@ class Island:
 
     def start(self) -> None:
         self.exchange.start()
-        self._told_s = self._now_s()
 
     def live(self) -> Iterator[Moment]:
         """Trains until the run is over."""
@@ -120,6 +119,8 @@ class Island:
     def _work(self, plan: InnerPlan) -> Iterator[Moment]:
         if plan.first_round != self._stands_at:
             yield from self._begin_afresh(plan)
+        if not self._num_steps:
+            self._told_s = self._now_s()  # until now it waited for others to join, not for an exchange
         self._seed_dropout(plan)
         job, own, num_silent = self.job, self._own_steps, plan.silent_steps
         loop = InnerLoop(
