@@ -3,22 +3,21 @@
 Each room owns its settings; here they are composed and checked against each other.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from diloco_ray.algorithm.codecs import CODEC_NAMES, DOWNLINK_CODEC_NAMES
 from diloco_ray.algorithm.settings import OuterSettings
 from diloco_ray.coordination.settings import ExperimentSettings, SyncSettings
 from diloco_ray.data.settings import DataSettings
-from diloco_ray.errors import ConfigError
 from diloco_ray.ids import canonical_json, sha256_hex
 from diloco_ray.island.settings import InnerSettings
 from diloco_ray.model.settings import ModelSettings
 from diloco_ray.presets import Resolved, flatten, read_recipe, resolve
+from diloco_ray.settings import Number, Settings, explain, nearest_of
 
 # What may differ when a run is taken up again; every other field is part of what the run is.
 CHANGEABLE = (
@@ -53,56 +52,50 @@ CHANGEABLE = (
 )
 
 
-class EvaluationSettings(BaseModel):
+class EvaluationSettings(Settings):
     """Held-out loss of the outer parameters, measured by a follower of the log, away from the islands."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     every_rounds: int = Field(5, ge=1)
     num_sequences: int = Field(128, ge=1, description="validation sequences measured each time")
     batch_size: int = Field(16, ge=1)
     prompt: str = Field("The ", description="start of the text sample at the end")
     sample_tokens: int = Field(200, ge=0)
-    resources: dict[str, float] = Field({}, description="Ray resources of the evaluator, such as {GPU: 1}")
+    resources: dict[str, Number] = Field({}, description="Ray resources of the evaluator, such as {GPU: 1}")
 
 
-class StorageSettings(BaseModel):
+class StorageSettings(Settings):
     """The run store: any path fsspec knows (a folder, s3://bucket/prefix, gs://...)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str = Field("runs", description="the run's folder is <path>/<name>")
     snapshot_every_rounds: int = Field(10, ge=1)
     keep_snapshots: int = Field(3, ge=1, description="newest snapshots kept; the first one always is")
 
 
-class ClusterSettings(BaseModel):
+class ClusterSettings(Settings):
     """Where islands run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     address: str | None = Field(None, description="Ray cluster (default: the one around, else a local one)")
-    island_resources: dict[str, float] = Field({"CPU": 1}, description="Ray resources of one island")
+    island_resources: dict[str, Number] = Field({"CPU": 1}, description="Ray resources of one island")
     label_selector: dict[str, str] = Field({}, description="labels of the nodes that may hold islands")
-    placement_timeout_s: float = Field(300.0, gt=0, description="wait for nodes that can hold the least islands")
+    placement_timeout_s: Number = Field(300.0, gt=0, description="wait for nodes that can hold the least islands")
     max_island_failures: int = Field(100, ge=0, description="restarts of one island before the run fails")
 
     @field_validator("island_resources")
     @classmethod
     def _asks_for_something(cls, value: dict[str, float]) -> dict[str, float]:
         if not value or any(amount < 0 for amount in value.values()) or not any(value.values()):
-            raise ValueError("name at least one resource with a positive amount, such as {CPU: 1} or {GPU: 1}")
+            raise ValueError(
+                "an island needs something to run on; name a resource with a positive amount, such as {CPU: 1}"
+            )
         return value
 
 
-class RunConfig(BaseModel):
+class RunConfig(Settings):
     """One run, whole. `islands` is a number or [least, most]."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(0, ge=0)
-    islands: tuple[int, int] = (4, 4)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    islands: tuple[int, int] = Field((4, 4), strict=False)
     rounds: int = Field(20, ge=1)
     data: DataSettings = DataSettings()  # type: ignore[call-arg]
     model: ModelSettings
@@ -117,21 +110,19 @@ class RunConfig(BaseModel):
     @field_validator("islands", mode="before")
     @classmethod
     def _one_number_means_exactly(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            raise ValueError("give a number, or [least, most]")
-        return (value, value) if isinstance(value, int) else value
+        if isinstance(value, bool) or not isinstance(value, int | list | tuple):
+            raise ValueError("not a number of islands; give a whole number such as 4, or [least, most]")
+        return (value, value) if isinstance(value, int) else cast(Any, value)
 
     @model_validator(mode="after")
     def _fields_fit_each_other(self) -> "RunConfig":
         least, most = self.islands
         if not 1 <= least <= most:
-            raise ValueError(f"islands={list(self.islands)}: choose [least, most] with 1 <= least <= most")
+            raise ValueError(f"islands={list(self.islands)} cannot be; choose [least, most] with 1 <= least <= most")
         for field, names in (("uplink", CODEC_NAMES), ("downlink", DOWNLINK_CODEC_NAMES)):
             name: str = getattr(self.sync, field)
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                remedy = f"did you mean {near[0]}? There are" if near else "choose one of"
-                raise ValueError(f"sync.{field}={name} is no codec of the {field}; {remedy} {', '.join(names)}")
+                raise ValueError(f"sync.{field}={name} is no codec of the {field}; {nearest_of(name, names)}")
         if self.sync.weighting != "uniform" and not self.outer.uses_weights:
             pair = f"sync.weighting={self.sync.weighting} with outer.combine={self.outer.combine}"
             raise ValueError(f"{pair}: its values have no weights; choose sync.weighting=uniform or another combine")
@@ -143,7 +134,7 @@ class RunConfig(BaseModel):
         self._experiment_fits()
         if self.data.shards == "cluster" and (self.data.clusters or 0) > most:
             clusters = f"data.clusters={self.data.clusters} is more than the {most} islands there may be"
-            raise ValueError(f"{clusters}: some text would never be trained on; choose at most {most}")
+            raise ValueError(f"{clusters}, so some text would never be trained on; choose at most {most}")
         return self
 
     def _overlap_fits(self) -> None:
@@ -184,12 +175,15 @@ class RunConfig(BaseModel):
         if disturbed and self.sync.closes != "all":
             what = f"{' and '.join(disturbed)} with sync.closes={self.sync.closes}"
             raise ValueError(f"{what}: only defined where a round has an end for all; set sync.closes=all")
+        if len(experiment.speeds) > self.max_islands:
+            what = f"experiment.speeds={list(experiment.speeds)} has more values than the {self.max_islands} islands"
+            raise ValueError(f"{what} there may be; give at most {self.max_islands}")
 
     @field_validator("name")
     @classmethod
     def _leaves_room_for_shards(cls, value: str) -> str:
         if value == "data":
-            raise ValueError("the prepared data lies in <storage.path>/data; choose another name")
+            raise ValueError("that is where <storage.path> has the prepared data; choose another name")
         return value
 
     @property
@@ -237,7 +231,7 @@ class RunConfig(BaseModel):
         try:
             return cls.model_validate(layered(body, overrides).body)
         except ValidationError as error:
-            raise _explain(error, where) from None
+            raise explain(error, cls, where) from None
 
     def identity(self) -> dict[str, Any]:
         """The fields that make the run what it is, flat: a resumed run must have the same."""
@@ -263,33 +257,3 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """One line per field that differs between two identities."""
     keys = sorted({*old, *new})
     return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
-
-
-def _explain(error: ValidationError, where: str) -> ConfigError:
-    """All that is wrong with a recipe, each with its path and, for an unknown key, the nearest name there is."""
-    lines: list[str] = []
-    remedies: list[str] = []
-    for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(item["loc"][-1]), _fields_at(item["loc"][:-1]), n=1, cutoff=0.4)
-            known = ", ".join(_fields_at(item["loc"][:-1]))
-            lines.append(f"unknown key {path}")
-            remedies.append(f"did you mean {near[0]}?" if near else f"choose one of: {known}")
-        else:
-            whole = item["type"] == "missing" or isinstance(item["input"], dict)
-            given = "" if whole else f" (given: {item['input']!r})"
-            text, _, remedy = item["msg"].removeprefix("Value error, ").rpartition("; ")
-            if not text:
-                text, remedy = remedy, ""
-            lines.append(f"{path}: {text}{given}" if path else text)
-            remedies += [remedy] if remedy else []
-    what = "; ".join(lines)
-    return ConfigError(what, where=where, remedy="; ".join(remedies) or "change the value as said above")
-
-
-def _fields_at(path: tuple[int | str, ...]) -> list[str]:
-    model: Any = RunConfig
-    for part in path:
-        model = model.model_fields[part].annotation
-    return list(getattr(model, "model_fields", ()))

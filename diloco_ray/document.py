@@ -15,7 +15,7 @@ from diloco_ray.log.record import Record, model_digest, seal
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import save_snapshot
-from diloco_ray.model.build import build_model, parameter_shapes, trainable_parameters
+from diloco_ray.model.build import build_model, check_length, parameter_shapes, trainable_parameters
 from diloco_ray.plan import layout_of
 
 FORMAT_VERSION = 1
@@ -31,7 +31,7 @@ def replica_of(document: Mapping[str, Any]) -> Replica:
 def outer_of(document: Mapping[str, Any]) -> OuterSettings:
     """Outer settings in numbers: for the islands that the run was begun with, or a replay would find others."""
     config = RunConfig.from_dict(document["config"])
-    return config.outer.for_islands(config.max_islands)
+    return config.outer.for_islands(config.max_islands, one_by_one=config.sync.closes == "arrival")
 
 
 def create(store: RunStore, config: RunConfig, shards: TokenShards) -> Mapping[str, Any]:
@@ -61,9 +61,11 @@ def create(store: RunStore, config: RunConfig, shards: TokenShards) -> Mapping[s
 
 def _model(config: RunConfig, shards: TokenShards) -> Any:
     manifest = shards.manifest
-    return build_model(
+    model = build_model(
         config.model, seed=config.seed, vocab_size=manifest.vocab_size, eos_token_id=manifest.eos_token_id
     )
+    check_length(model, config.data.sequence_length)
+    return model
 
 
 def write_beginning(store: RunStore, document: Mapping[str, Any], config: RunConfig, prepared_url: str) -> None:

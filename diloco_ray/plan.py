@@ -16,7 +16,7 @@ from diloco_ray.algorithm.schedule import send_steps
 from diloco_ray.config import RunConfig
 from diloco_ray.data.manifest import PreparedFolder, open_manifest
 from diloco_ray.errors import ConfigError, DiLoCoError
-from diloco_ray.model.build import planned_shapes
+from diloco_ray.model.build import check_folders, planned_shapes
 from diloco_ray.observe.progress import human_bytes
 from diloco_ray.observe.status import BYTES_PER_GRADIENT_VALUE
 from diloco_ray.presets import PRESETS, flatten
@@ -31,8 +31,9 @@ def plan_of(config: RunConfig, sources: Mapping[str, str]) -> dict[str, Any]:
 
     merged_at is None where an island merges what has come, whenever it comes.
     bytes, and of a fragment its size, are None where the vocabulary or the model is not known yet; `unknown` says why.
-    ConfigError for fragments that the model cannot be cut into.
+    ConfigError for a model that the run cannot be made with.
     """
+    check_model(config)
     H, sync = config.inner.steps_per_round, config.sync
     as_it_comes = sync.closes == "quorum" and sync.overlap > 0
     shapes, unknown = _shapes(config)
@@ -128,10 +129,13 @@ def layout_of(config: RunConfig, shapes: Mapping[str, tuple[int, ...]]) -> Layou
         raise ConfigError(what, where="sync.fragments", remedy=f"sync.fragments: {error.remedy}") from error
 
 
-def check_fragments(config: RunConfig) -> None:
-    """ConfigError for fragments that the model cannot be cut into, which no vocabulary changes."""
-    if config.sync.fragments > 1:
-        shapes = planned_shapes(config.model, vocab_size=1, eos_token_id=0)
+def check_model(config: RunConfig) -> None:
+    """ConfigError for what no vocabulary changes: folders that are not there, too few positions for a sequence, and
+    fragments that the model cannot be cut into."""
+    check_folders(config.model)
+    if config.model.config is not None or config.sync.fragments > 1:
+        length = config.data.sequence_length
+        shapes = planned_shapes(config.model, vocab_size=1, eos_token_id=0, sequence_length=length)
         if shapes is not None:
             layout_of(config, shapes)
 

@@ -7,7 +7,6 @@ preset given by --set takes the place of the recipe's. What comes out holds plai
 that resolving it again changes nothing.
 """
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 from pydantic import BaseModel
 
 from diloco_ray.errors import ConfigError
+from diloco_ray.settings import nearest_of
 
 ONE_ROUND = "H"  # inner.steps_per_round as it is in the end
 SAME_STEPS = "x H"  # the number of rounds that has as many inner steps as before
@@ -140,9 +140,7 @@ def flatten(body: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _fields_of(preset: Any) -> dict[str, Any]:
     """The fields of a preset, as a recipe would write them."""
     if not isinstance(preset, str) or preset not in PRESETS:
-        near = difflib.get_close_matches(str(preset), PRESETS, n=1, cutoff=0.4)
-        remedy = f"did you mean {near[0]}? There are" if near else "choose one of"
-        raise ConfigError(f"unknown preset {preset!r}", where=_PRESET, remedy=f"{remedy} {', '.join(PRESETS)}")
+        raise ConfigError(f"unknown preset {preset!r}", where=_PRESET, remedy=nearest_of(str(preset), PRESETS))
     body: dict[str, Any] = {}
     for path, value in PRESETS[preset].items():
         _set(body, path, value, path)

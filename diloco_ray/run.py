@@ -29,7 +29,7 @@ from diloco_ray.island.inner_optimizer import check_available
 from diloco_ray.island.job import IslandJob
 from diloco_ray.log.record import unseal
 from diloco_ray.log.run_store import RunStore
-from diloco_ray.plan import check_fragments
+from diloco_ray.plan import check_model
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def open_run(config: RunConfig, *, progress: Callable[[int, int | None], None] |
     if document:
         _check_same_run(store, document, config)
     else:
-        check_fragments(config)
+        check_model(config)
     shards = _open_data(config, progress)
     if document:
         _check_same_data(store, document, shards)

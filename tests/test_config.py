@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from diloco_ray.config import RunConfig, differences
+from diloco_ray.document import outer_of
 from diloco_ray.errors import ConfigError
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
@@ -58,6 +59,36 @@ def test_a_recipe_survives_the_way_through_run_json(recipe: Path) -> None:
         ("experiment.drop_probability=1", ["experiment.drop_probability", "less than 1"]),
         ("experiment.speeds=[1, 0]", ["experiment.speeds.1", "greater than 0"]),
         ("experiment.speeds=[2]", ["experiment.speeds.0", "less than or equal to 1"]),
+        *[
+            (f"{field}={value}", [field, f"given: {given}", f"write {field} as a"])
+            for field in ("inner.learning_rate", "inner.epsilon", "inner.clip_norm", "sync.grace_s", "sync.mixing")
+            for value, given in ((".inf", "inf"), (".nan", "nan"), ("true", "True"), ("'3'", "'3'"))
+        ],
+        ("outer.learning_rate=true", ["outer.learning_rate", "True", "choose one such as 0.7"]),
+        ("outer.learning_rate=.inf", ["outer.learning_rate", "inf", "choose one such as 0.7"]),
+        ("inner.betas=[0.9, 1.5]", ["inner.betas.1", "1.5", "choose inner.betas.1 below 1"]),
+        ("inner.betas=[-0.1, 0.9]", ["inner.betas.0", "-0.1", "choose inner.betas.0 at least 0"]),
+        ("inner.betas=[.nan, 0.9]", ["inner.betas.0", "nan", "a finite number"]),
+        ("inner.betas=0.9", ["inner.betas", "0.9", "a list such as"]),
+        ("model.config.rms_norm_eps=.nan", ["model", "nan", "write finite numbers"]),
+        ("seed=-1", ["seed", "-1", "choose seed at least 0"]),
+        (f"seed={2**63}", ["seed", str(2**63), "choose seed at most 9223372036854775807"]),
+        ("rounds=0", ["rounds", "0", "choose rounds at least 1"]),
+        ("rounds=true", ["rounds", "True", "write rounds as a whole number"]),
+        ("rounds='3'", ["rounds", "'3'", "without quotes"]),
+        ("rounds=2.5", ["rounds", "2.5", "a whole number"]),
+        ("islands=0", ["islands=[0, 0]", "choose [least, most]"]),
+        ("islands=true", ["islands", "True", "give a whole number such as 4"]),
+        ("islands=[2.0, '3']", ["islands.0", "2.0", "islands.1", "'3'", "a whole number"]),
+        ("islands=[1, 2, 3]", ["islands", "[1, 2, 3]"]),
+        ("inner.compile=1", ["inner.compile", "1", "true or false"]),
+        ("name=3", ["name", "3", "text, in quotes"]),
+        ("sync.error_feedback=true", ["sync.error_feedback", "True", "a number such as 0.5"]),
+        ("sync.overlap=H", ["sync.overlap", "'H'", "write inner.steps_per_round's number"]),
+        ("sync.mixing=1.5", ["choose sync.mixing at most 1"]),
+        ("outer.combine=mediam", ["outer.combine", "'mediam'", "did you mean median?"]),
+        ("outer.optimizer=nestrov", ["outer.optimizer", "'nestrov'", "did you mean nesterov? There are nesterov, sgd"]),
+        ("experiment.speeds=[1, 1, 1, 1, 0.5]", ["[1.0, 1.0, 1.0, 1.0, 0.5]", "the 4 islands", "give at most 4"]),
         ("experiment.islands_by_round=sometimes", ["experiment.islands_by_round", "'ramp_up'", "'sometimes'"]),
     ],
 )
@@ -67,6 +98,27 @@ def test_a_wrong_override_is_refused_with_its_remedy(override: str, words: list[
     text = str(caught.value)
     assert all(word in text for word in words), text
     assert "what to do:" in text
+    assert "as said above" not in text
+
+
+@pytest.mark.parametrize(("written", "value"), [("1", 1.0), ("1e-3", 0.001), ("2.5e3", 2500.0), ("1.0e+3", 1000.0)])
+def test_a_number_may_be_whole_and_have_any_exponent(written: str, value: float) -> None:
+    fields = ("inner.learning_rate", "outer.learning_rate", "sync.launch_interval_s", "inner.clip_norm")
+    config = RunConfig.from_yaml(JOBS / "quickstart.yaml", [f"{field}={written}" for field in fields])
+    numbers = (config.inner.learning_rate, config.outer.learning_rate)
+    assert (*numbers, config.sync.launch_interval_s, config.inner.clip_norm) == (value,) * 4
+    assert RunConfig.from_yaml(JOBS / "quickstart.yaml", ["inner.betas=[0, 1e-1]"]).inner.betas == (0.0, 0.1)
+
+
+@pytest.mark.parametrize("closes", ["all", "quorum", "arrival"])
+def test_delayed_nesterov_waits_for_as_many_steps_as_islands_only_where_each_has_its_own(
+    tiny: dict[str, Any], closes: str
+) -> None:
+    fields = ["outer.optimizer=delayed_nesterov", f"sync.closes={closes}"]
+    outer = outer_of({"config": RunConfig.from_dict(tiny, fields).model_dump(mode="json")})
+    assert outer.arrivals == (3 if closes == "arrival" else 1)
+    given = RunConfig.from_dict(tiny, [*fields, "outer.arrivals=2"]).model_dump(mode="json")
+    assert outer_of({"config": given}).arrivals == 2
 
 
 @pytest.mark.parametrize(
@@ -79,7 +131,11 @@ def test_a_wrong_override_is_refused_with_its_remedy(override: str, words: list[
         (["sync.preset=eager", "outer.optimizer=adam"], ["outer.optimizer=adam", "choose nesterov, sgd or heavy_ball"]),
         (["sync.preset=eager", "outer.optimizer=delayed_nesterov"], ["delayed_nesterov", "choose nesterov"]),
         (["sync.preset=eager", "sync.overlap=5"], ["sync.overlap=5", "steps_per_round=25", "set sync.overlap=25"]),
-        (["sync.preset=async", "sync.fragments=2"], ["closes=arrival", "fragments=2", "choose sync.fragments=1"]),
+        (
+            ["sync.preset=async", "sync.fragments=2"],
+            ["closes=arrival", "fragments=2", "choose sync.fragments=1", "sync.closes=quorum with outer.optimizer="],
+        ),
+        (["sync.preset=async", "sync.quorum=2"], ["closes=arrival", "quorum=2", "leave sync.quorum at null"]),
         (
             ["sync.preset=async", "experiment.drop_probability=0.3"],
             ["experiment.drop_probability=0.3", "sync.closes=arrival", "set sync.closes=all"],

@@ -112,3 +112,24 @@ def test_the_plan_as_json_is_one_document(tiny: dict[str, Any], tmp_path: Path) 
     assert document["fields"]["name"] == {"value": "other", "from": "--set"}
     assert document["preset"] == "diloco"
     assert document["unknown"] == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (["model.config={model_type: gpt2, n_positions: 16}"], ["n_positions=16", "data.sequence_length=32"]),
+        (["model.config.max_position_embeddings=31"], ["max_position_embeddings=31", "data.sequence_length=32"]),
+        (["model.weights=/nonexist"], ["no weights in /nonexist", "model.weights"]),
+        (["model={path: /nonexist}"], ["no folder /nonexist", "model.path"]),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_before_any_data_is_prepared(
+    tiny: dict[str, Any], fields: list[str], words: list[str]
+) -> None:
+    fields = [*fields, "data.tokenizer=train:300"]
+    for refuse in (lambda: planned(tiny, *fields), lambda: open_run(RunConfig.from_dict(tiny, fields))):
+        with pytest.raises(ConfigError) as caught:
+            refuse()
+        assert all(word in str(caught.value) for word in words)
+        assert caught.value.remedy
+    assert not Path(RunConfig.from_dict(tiny, fields).prepared_url).exists()

@@ -52,19 +52,25 @@ def _arguments() -> argparse.Namespace:
         "python -m benchmarks.science", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--claims", choices=("core", "all"), default="core")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many")
+    parser.add_argument("--seeds", type=_count, default=3, metavar="N", help="how many")
     parser.add_argument("--first-seed", type=int, default=0, metavar="SEED", help="they are SEED, SEED + 1, ..")
     parser.add_argument("--corpus", default=str(CORPUS))
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", help="of the corpus; with it, the non-iid row is run: a label per island")
     parser.add_argument("--out", type=Path, help="page to write, with a figure beside it")
     parser.add_argument("--runs", default="runs/science", help="folder of the runs")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--workers", type=_count, default=2, help="processes, of one thread each")
     parser.add_argument("--only", nargs="+", choices=rows, default=[], metavar="ROW", help=", ".join(rows))
     arguments = parser.parse_args()
     if arguments.only:  # a row that is named is meant, whichever table it stands in
         arguments.claims = "all"
     return arguments
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of them; give 1 or more")
+    return int(text)
 
 
 def _command(arguments: argparse.Namespace) -> str:

@@ -87,6 +87,14 @@ def may_return(members: Members, name: str, incarnation: int) -> bool:
     return member is None or (member.standing not in ("alive", "quarantined") and incarnation >= member.incarnation)
 
 
+def why_not(members: Members, name: str) -> str:
+    """Why a process may not hold this name."""
+    member = members[name]
+    if member.standing == "quarantined":
+        return f"{name} is quarantined after {STRIKES_TO_QUARANTINE} bad payloads in a row: {member.reason}"
+    return f"{name} is held by another process"
+
+
 def silent_since(members: Members, *, now_s: float, timeout_s: float) -> tuple[Member, ...]:
     """Alive members whose lease on life ran out, in island order."""
     return tuple(m for m in members.values() if m.standing == "alive" and now_s - m.last_seen_s > timeout_s)

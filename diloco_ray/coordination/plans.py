@@ -178,7 +178,8 @@ def _unspent(state: RunState, leases: set[str]) -> list[Key]:
 
 
 def watch_the_wait(state: RunState, now_s: float) -> Step:
-    """A run with too few islands says so, waits, and fails when the wait has run out (invariant I11)."""
+    """A run with too few islands says so, waits, and fails when the wait has run out (invariant I11), or at once where
+    nobody can come back."""
     if ended(state):
         return state, []
     rules, num_alive = state.rules, len(state.alive)
@@ -188,6 +189,11 @@ def watch_the_wait(state: RunState, now_s: float) -> Step:
         reason = f"waiting for {', '.join(expected)} to join" if expected else ""
         state = replace(state, waiting_since_s=None, phase="training" if back else state.phase, reason=reason)
         return state, [Note(f"{num_alive} islands alive again")] if back else []
+    barred = membership.names(state.members, "quarantined")
+    if rules.max_islands - len(barred) < rules.min_islands:
+        why = "; ".join(membership.why_not(state.members, name) for name in barred)
+        reason = f"too few islands are left for at least {rules.min_islands} of {rules.max_islands}: {why}"
+        return replace(state, phase="failed", reason=reason), [End("failed", reason)]
     if state.waiting_since_s is None:
         reason = (
             f"{num_alive} of at least {rules.min_islands} islands alive; waiting up to {rules.waiting_timeout_s:g} s"

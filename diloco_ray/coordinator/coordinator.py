@@ -17,7 +17,7 @@ from diloco_ray.algorithm.codecs import get_codec
 from diloco_ray.algorithm.outer_gradient import pairwise_cosines
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination.data_ledger import DataLedger
-from diloco_ray.coordination.membership import is_current, may_return
+from diloco_ray.coordination.membership import is_current, may_return, why_not
 from diloco_ray.coordination.messages import (
     Answer,
     CloseRound,
@@ -122,7 +122,7 @@ class Coordinator:
         member = self.state.members[hello.island]
         if member.standing == "alive" and member.process == hello.process:
             return Welcome(member.incarnation)
-        return Welcome(0, f"{hello.island} is {member.standing}: {member.reason}")
+        return Welcome(0, why_not(self.state.members, hello.island))
 
     def beat(self, beat: Beat) -> Order:
         self.receive(Heartbeat(self._now_s(), beat.island, beat.incarnation, beat.progress))
@@ -153,8 +153,9 @@ class Coordinator:
             records = self._feed.records_after(after, self.state.index)
             return News("ok", records) if records else News("over", reason=self.state.reason)
         if island and not is_current(self.state.members, island, incarnation):
-            back = may_return(self.state.members, island, incarnation)
-            return News("rejoin" if back else "fenced", reason=f"{island} is held by another process")
+            if may_return(self.state.members, island, incarnation):
+                return News("rejoin")
+            return News("fenced", reason=why_not(self.state.members, island))
         plan = plan_for(self.state, island, incarnation, held)
         records = self._feed.records_after(after, self.state.index)
         return News("ok", records, plan) if records or plan else None

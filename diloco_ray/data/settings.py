@@ -2,13 +2,13 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from diloco_ray.settings import Number, Settings
 
 
-class DataSettings(BaseModel):
+class DataSettings(Settings):
     """Which text, how it becomes tokens, and how long a sequence is."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     corpus: str = Field(
         "stdlib",
@@ -25,7 +25,7 @@ class DataSettings(BaseModel):
         description="bytes | train:4096 (byte-level BPE of that size) | folder or name of a Hugging Face tokenizer",
     )
     sequence_length: int = Field(128, ge=2, description="tokens per sequence")
-    validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="of the documents, chosen by their sha256")
+    validation_fraction: Number = Field(0.02, gt=0, lt=0.5, description="of the documents, chosen by their sha256")
     prepared: str | None = Field(None, description="folder of the token shards; null: beside the runs")
     max_documents: int | None = Field(None, ge=1, description="only the first so many documents")
     shards: Literal["iid", "label", "cluster"] = Field(
@@ -40,16 +40,20 @@ class DataSettings(BaseModel):
         size = value.removeprefix("train:")
         if size != value and not (size.isdecimal() and int(size) >= 257):
             raise ValueError(
-                "a trained tokenizer needs room for 256 bytes and the end of a document: train:257 or more"
+                "a trained tokenizer needs room for 256 bytes and the end of a document; choose train:257 or more"
             )
         return value
 
     @model_validator(mode="after")
     def _groups_are_named(self) -> "DataSettings":
         if self.shards == "label" and self.label_column is None:
-            raise ValueError("shards=label needs label_column: the column whose values are the groups")
+            raise ValueError(
+                "shards=label without label_column; set data.label_column to the column whose values are the groups"
+            )
         if self.shards == "cluster" and self.clusters is None:
-            raise ValueError("shards=cluster needs clusters: how many groups to make, at most as many as islands")
+            raise ValueError(
+                "shards=cluster without clusters; set data.clusters to the number of groups, at most that of islands"
+            )
         return self
 
     def content(self) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from diloco_ray.algorithm.codecs import get_codec
 from diloco_ray.algorithm.fragments import Fragment
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination.messages import Contribution, InnerPlan
-from diloco_ray.errors import ClusterError, FencedError
+from diloco_ray.errors import ClusterError
 from diloco_ray.island.handover import Bell, Plans
-from diloco_ray.island.job import Identity, IslandJob, RoundAbandonedError, RunOverError
+from diloco_ray.island.job import Identity, IslandJob, RoundAbandonedError, RunOverError, fenced
 from diloco_ray.island.outbox import Outbox, Outgoing
 from diloco_ray.island.threads import Mailbox, OsThreads, Threads, start_thread
 from diloco_ray.transport.follower import Follower
@@ -69,7 +69,7 @@ class Exchange:
                 who, held = self.identity, self._plans.held(self._outbox.plans)
             welcome = self.transport.join(Hello(who.island, who.process, who.pid, who.node, self.incarnation, held))
             if welcome.problem:
-                raise FencedError(welcome.problem, where=who.island, remedy="look at the run's events for the reason")
+                raise fenced(who.island, welcome.problem)
             self.incarnation, self._said_hello = welcome.incarnation, True
 
     def start(self) -> None:
@@ -223,7 +223,7 @@ class Exchange:
                     self.over = True
                 return
             case "fenced":
-                raise FencedError(news.reason or "another process took this island's name", where=self.identity.island)
+                raise fenced(self.identity.island, news.reason)
             case "rejoin":
                 self.say_hello()
                 return

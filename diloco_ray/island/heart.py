@@ -4,8 +4,8 @@ It also hears what the coordinator has to say: a restarted one does not know the
 made the work in hand void, another process may hold the name.
 """
 
-from diloco_ray.errors import FencedError
 from diloco_ray.island.exchange import Exchange
+from diloco_ray.island.job import fenced
 from diloco_ray.island.threads import OsThreads, Threads, start_thread
 from diloco_ray.transport.protocol import Beat, Transport
 
@@ -73,4 +73,5 @@ class Heart:
             case "rejoin":
                 exchange.say_hello()
             case "fenced":
-                raise FencedError("another process took this island's name", where=exchange.identity.island)
+                name = exchange.identity.island
+                raise fenced(name, self._transport.follow(name, exchange.incarnation, exchange.index, 0.0).reason)

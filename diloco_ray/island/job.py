@@ -6,6 +6,7 @@ from diloco_ray.algorithm.fragments import Layout
 from diloco_ray.algorithm.settings import OuterSettings
 from diloco_ray.coordination.settings import SyncSettings
 from diloco_ray.data.settings import DataSettings
+from diloco_ray.errors import FencedError
 from diloco_ray.island.settings import InnerSettings
 from diloco_ray.model.settings import ModelSettings
 
@@ -35,6 +36,15 @@ class Identity:
     process: str
     pid: int
     node: str
+
+
+def fenced(island: str, reason: str) -> FencedError:
+    """What ends a process that may not hold its island's name any more."""
+    remedy = (
+        "where it is quarantined, mend what made its payloads bad, such as too high an inner.learning_rate, and give "
+        "the command again; where another process holds the name, nothing: that one does the work"
+    )
+    return FencedError(reason or "another process took this island's name", where=island, remedy=remedy)
 
 
 class RoundAbandonedError(Exception):

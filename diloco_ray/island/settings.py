@@ -1,14 +1,16 @@
 """The inner loop: what a recipe says under `inner`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from diloco_ray.settings import Number, Settings
+
+Beta = Annotated[Number, Field(ge=0, lt=1)]
 
 
-class InnerSettings(BaseModel):
+class InnerSettings(Settings):
     """H inner steps of AdamW per round, per island (arXiv 2311.08105, Algorithm 1, lines 5-8)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps_per_round: int = Field(100, ge=1, description="H: inner steps between two outer steps")
     steps: Literal["fixed", "by_speed"] = Field(
@@ -19,14 +21,14 @@ class InnerSettings(BaseModel):
     optimizer: Literal["adamw", "muon", "sgd"] = Field(
         "adamw", description="muon: for hidden matrices, with AdamW for the rest (MuLoCo, arXiv 2505.23725)"
     )
-    learning_rate: float = Field(4e-4, gt=0)
+    learning_rate: Number = Field(4e-4, gt=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0, description="global inner steps")
-    final_learning_rate_ratio: float = Field(0.05, ge=0, le=1, description="of cosine (arXiv 2503.09799: to 5 %)")
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip_norm: float | None = Field(1.0, gt=0, description="of the inner gradients; outer gradients are not clipped")
+    final_learning_rate_ratio: Number = Field(0.05, ge=0, le=1, description="of cosine (arXiv 2503.09799: to 5 %)")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
+    epsilon: Number = Field(1e-8, gt=0)
+    weight_decay: Number = Field(0.1, ge=0)
+    clip_norm: Number | None = Field(1.0, gt=0, description="of the inner gradients; outer gradients are not clipped")
     joiner_ramp_steps: int = Field(20, ge=0, description="learning-rate ramp of an island without optimizer state")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the forward and backward pass")
     compile: bool = False
@@ -42,5 +44,6 @@ class InnerSettings(BaseModel):
     @model_validator(mode="after")
     def _parts_are_equal(self) -> "InnerSettings":
         if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
+            what = f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}"
+            raise ValueError(f"{what}; choose inner.accumulate so that it divides inner.batch_size")
         return self

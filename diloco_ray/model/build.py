@@ -38,6 +38,7 @@ def build_model(settings: ModelSettings, *, seed: int, vocab_size: int, eos_toke
 
     ConfigError where it cannot be built; RunMismatchError where its vocabulary is smaller than the tokenizer's.
     """
+    check_folders(settings)
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
         if settings.path is not None:
@@ -49,23 +50,52 @@ def build_model(settings: ModelSettings, *, seed: int, vocab_size: int, eos_toke
         return model.to(device="cpu", dtype=torch.float32).train()
 
 
-def planned_shapes(settings: ModelSettings, *, vocab_size: int, eos_token_id: int) -> dict[str, tuple[int, ...]] | None:
+def planned_shapes(
+    settings: ModelSettings, *, vocab_size: int, eos_token_id: int, sequence_length: int = 0
+) -> dict[str, tuple[int, ...]] | None:
     """parameter_shapes of the model, for which nothing is computed or stored; None where it has to be built for that.
 
-    ConfigError where it cannot be built; RunMismatchError where its vocabulary is smaller than the tokenizer's.
+    ConfigError where it cannot be built, or has too few positions for a sequence; RunMismatchError where its
+    vocabulary is smaller than the tokenizer's.
     """
     if settings.path is not None:
         return None
     looked_at_values = (NotImplementedError, RuntimeError)  # which a model without memory does not have
     try:
         with torch.device("meta"), quiet_transformers():
-            return parameter_shapes(_at_random(settings, vocab_size, eos_token_id))
+            model = _at_random(settings, vocab_size, eos_token_id)
+            check_length(model, sequence_length)
+            return parameter_shapes(model)
     except looked_at_values:
         return None
     except ConfigError as error:
         if isinstance(error.__cause__, looked_at_values):
             return None
         raise
+
+
+def check_folders(settings: ModelSettings) -> None:
+    """ConfigError where a folder that is named is not there, or has no weights."""
+    if settings.path is not None:
+        folder = Path(settings.path).expanduser()
+        if settings.path.startswith(("/", ".", "~")) and not folder.is_dir():
+            raise ConfigError(f"no folder {folder}", where="model.path", remedy="check the path")
+    if settings.weights is not None:
+        folder = Path(settings.weights).expanduser()
+        if not any(folder.glob("*.safetensors")):
+            remedy = "train and export the run that is to be started from, or check the path"
+            raise ConfigError(f"no weights in {folder}", where="model.weights", remedy=remedy)
+
+
+def check_length(model: nn.Module, sequence_length: int) -> None:
+    """ConfigError where a model of transformers has fewer positions than a sequence has tokens."""
+    config: Any = getattr(model, "config", None)
+    own = getattr(config, "max_position_embeddings", None)
+    if isinstance(own, int) and 0 < own < sequence_length:
+        name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        what = f"the model's {name}={own} is smaller than data.sequence_length={sequence_length}"
+        remedy = f"set data.sequence_length to at most {own}, or take a model with {name} of {sequence_length} or more"
+        raise ConfigError(what, where="data.sequence_length", remedy=remedy)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -105,8 +135,6 @@ def _from_path(path: str, vocab_size: int) -> nn.Module:
 
     folder = Path(path).expanduser()
     is_local = folder.is_dir()
-    if not is_local and path.startswith(("/", ".", "~")):
-        raise ConfigError(f"no folder {folder}", where="model.path", remedy="check the path")
     name = str(folder) if is_local else path
     try:
         config = AutoConfig.from_pretrained(name)
@@ -154,9 +182,6 @@ def _with_weights(model: nn.Module, folder: Path) -> nn.Module:
     from safetensors.torch import load_model
     from transformers import PreTrainedModel
 
-    if not any(folder.glob("*.safetensors")):
-        remedy = "train and export the run that is to be started from, or check the path"
-        raise ConfigError(f"no weights in {folder}", where="model.weights", remedy=remedy)
     try:
         if not isinstance(model, PreTrainedModel):
             load_model(model, folder / "model.safetensors")

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from diloco_ray.ids import canonical_json
+from diloco_ray.settings import Settings
 
 
-class ModelSettings(BaseModel):
+class ModelSettings(Settings):
     """Exactly one of the three ways to say which model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     config: dict[str, Any] | None = Field(
         None, description="a transformers configuration with its model_type; vocab_size defaults to the tokenizer's"
@@ -30,9 +31,16 @@ class ModelSettings(BaseModel):
     def _exactly_one(self) -> "ModelSettings":
         given = [name for name in ("config", "path", "factory") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of config, path, factory (given: {', '.join(given) or 'none'})")
+            raise ValueError(
+                f"which model? (given: {', '.join(given) or 'none'}); give exactly one of config, path, factory"
+            )
         if self.weights is not None and self.path is not None:
-            raise ValueError("path brings its own weights; give weights with config or factory only")
+            raise ValueError("path brings its own weights; give model.weights with model.config or model.factory only")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
-            raise ValueError("config needs a model_type that transformers knows, such as model_type: llama")
+            raise ValueError("config without model_type; name one that transformers knows, such as model_type: llama")
+        try:
+            canonical_json(self.config or {})
+        except (TypeError, ValueError) as error:
+            what = f"config={self.config} has a value that a run's document cannot keep: {error}"
+            raise ValueError(f"{what}; write finite numbers, text, true, false, null, lists and mappings") from None
         return self

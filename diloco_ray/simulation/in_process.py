@@ -9,10 +9,11 @@ import os
 import uuid
 from collections.abc import Iterator
 
+from diloco_ray.coordination.membership import names
 from diloco_ray.coordination.rounds import next_look_s
 from diloco_ray.coordination.state import ended
 from diloco_ray.coordinator.coordinator import Coordinator, Job
-from diloco_ray.errors import ClusterError
+from diloco_ray.errors import ClusterError, FencedError
 from diloco_ray.ids import island_name
 from diloco_ray.island.evaluator import Evaluator
 from diloco_ray.island.job import Identity
@@ -43,7 +44,10 @@ class _Life:
 
 
 def train_in_process(run: Run) -> Coordinator:
-    """Trains to the end, or goes on from the last committed record; returns the coordinator with its final state."""
+    """Trains to the end, or goes on from the last committed record; returns the coordinator with its final state.
+
+    ClusterError where the run failed.
+    """
     clock = Clock()
     coordinator = begin(run, clock)
     transport = InMemoryTransport(coordinator)
@@ -61,7 +65,7 @@ def train_in_process(run: Run) -> Coordinator:
         stepping = [life for life in lives if not life.waits and not life.has_ended]
         if looked_at != (looked_at := _progress_of(coordinator)):
             for life in waiting:
-                _move(life, clock)
+                _move(life, clock, coordinator)
         elif stepping:
             life = min(stepping, key=lambda life: life.next_s)
             look_s = next_look_s(coordinator.state)
@@ -69,12 +73,18 @@ def train_in_process(run: Run) -> Coordinator:
                 _look_again(coordinator, lives, clock)
             else:
                 clock.now_s = max(clock.now_s, life.next_s)
-                _move(life, clock)
-        elif not sum([_move(life, clock) for life in waiting]):
+                _move(life, clock, coordinator)
+        elif not sum([_move(life, clock, coordinator) for life in waiting]):
             _look_again(coordinator, lives, clock)
         evaluator.turn(0.0)
     while evaluator.turn(0.0):
         pass
+    if coordinator.state.phase == "failed":
+        raise ClusterError(
+            f"the run failed: {coordinator.state.reason}",
+            where=run.store.url,
+            remedy="mend the cause; the same command goes on from the last committed record",
+        )
     return coordinator
 
 
@@ -96,10 +106,15 @@ def _progress_of(coordinator: Coordinator) -> tuple[int, int]:
     return coordinator.state.index, coordinator.state.ledger.leased
 
 
-def _move(life: _Life, clock: Clock) -> bool:
-    """Whether the island has got on: taken a step, heard something, or ended."""
+def _move(life: _Life, clock: Clock, coordinator: Coordinator) -> bool:
+    """Whether the island has got on: taken a step, heard something, or ended, as a quarantined one does."""
     before = life.island.exchange.bell.num_rings
-    moment = next(life.moments, None)
+    try:
+        moment = next(life.moments, None)
+    except FencedError:
+        if life.island.exchange.identity.island not in names(coordinator.state.members, "quarantined"):
+            raise
+        moment = None
     life.waits, life.has_ended = moment == "wait", moment is None
     if moment == "step":
         life.next_s = clock.now_s + life.step_s

@@ -210,13 +210,17 @@ class TestSettings:
     )
     def test_the_rate_by_islands_is_the_papers(self, num_islands: int, rate: float):
         by_islands = OuterSettings(learning_rate="by_islands", optimizer="delayed_nesterov")
-        resolved = by_islands.for_islands(num_islands)
+        resolved = by_islands.for_islands(num_islands, one_by_one=True)
         assert resolved.build() == DelayedNesterov(rate, 0.9, num_islands)
-        assert resolved.for_islands(3) == resolved
+        assert resolved.for_islands(3, one_by_one=True) == resolved
+
+    def test_where_each_outer_step_is_the_islands_mean_already_it_is_not_divided_by_them_again(self):
+        settings = OuterSettings(learning_rate=0.4, optimizer="delayed_nesterov")
+        assert settings.for_islands(8, one_by_one=False).build() == DelayedNesterov(0.4, 0.9, 1)
 
     def test_numbers_that_were_given_do_not_depend_on_the_islands(self):
         given = OuterSettings(learning_rate=0.3, optimizer="delayed_nesterov", arrivals=7)
-        assert given.for_islands(2).build() == given.build() == DelayedNesterov(0.3, 0.9, 7)
+        assert given.for_islands(2, one_by_one=True).build() == given.build() == DelayedNesterov(0.3, 0.9, 7)
 
     @pytest.mark.parametrize("fields", [{"learning_rate": "by_islands"}, {"optimizer": "delayed_nesterov"}], ids=str)
     def test_what_is_not_a_number_yet_builds_nothing(self, fields: dict[str, Any]):

@@ -318,6 +318,15 @@ def test_three_strikes_quarantine_an_island_and_the_others_go_on(codec: str):
     assert world.state.round == 1
 
 
+def test_a_run_that_quarantine_leaves_with_too_few_islands_fails_at_once_and_says_why():
+    world = at_work("a", "b", "bad", min_islands=3, max_islands=3)
+    for attempt in range(3):
+        world.fetch_plan("bad")
+        world.submit(world.islands["bad"].contribution(0, f"nan {attempt}"))
+    assert world.state.phase == "failed"
+    assert "at least 3 of 3: bad is quarantined after 3 bad payloads in a row: values" in world.state.reason
+
+
 def test_a_norm_far_above_the_median_is_refused():
     world = at_work("a", "b", "c")
     world.send("a", payload="norm 1.0")

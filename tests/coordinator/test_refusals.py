@@ -203,7 +203,11 @@ def test_three_bad_payloads_in_a_row_bar_the_island_and_the_others_go_on(room: R
     for _ in range(3):
         assert life.submit(*of_values(room, with_one(math.nan))).status == "rejected"
     assert life.coordinator.state.members[bad.name].standing == "quarantined"
-    assert "quarantined" in bad.join(life.coordinator)
+    why = f"{bad.name} is quarantined after 3 bad payloads in a row: values: "
+    assert bad.join(life.coordinator).startswith(why)
+    news = life.coordinator.news(bad.name, 1, 0, "")
+    assert news is not None
+    assert (news.standing, news.reason[: len(why)]) == ("fenced", why)
     assert room.send_honestly(room.good).status == "accepted"
     assert [len(record.shares) for record in records(room.store)] == [2, 1]
 

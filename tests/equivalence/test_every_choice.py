@@ -11,7 +11,7 @@ from diloco_ray.algorithm.combine import COMBINES
 from diloco_ray.algorithm.settings import OuterSettings
 from diloco_ray.config import RunConfig
 from diloco_ray.document import replica_of
-from diloco_ray.errors import ConfigError, RunMismatchError
+from diloco_ray.errors import ClusterError, ConfigError, RunMismatchError
 from diloco_ray.log.record import Record
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.verify import verify
@@ -73,7 +73,7 @@ def test_weights_that_would_not_count_are_refused(tiny: dict[str, Any], name: st
 
 def test_numbers_that_follow_from_the_islands_stay_when_islands_change(tiny: dict[str, Any]) -> None:
     """A rate of 0.6 for two islands and a momentum at every second outer step, also after a resume with five."""
-    chosen = ("outer.learning_rate=by_islands", "outer.optimizer=delayed_nesterov", "inner.steps_per_round=2")
+    chosen = ("outer.learning_rate=by_islands", "outer.optimizer=delayed_nesterov", "sync.closes=arrival")
     run = open_run(RunConfig.from_dict(tiny, ["islands=2", "rounds=2", *chosen]))
     train_in_process(run)
     run = open_run(RunConfig.from_dict(tiny, ["islands=[2, 5]", "rounds=6", *chosen]))
@@ -82,3 +82,10 @@ def test_numbers_that_follow_from_the_islands_stay_when_islands_change(tiny: dic
     assert train_in_process(run).state.phase == "succeeded"
     assert verify(run.store, replica_of).problems == ()
     assert replica_of(run.document).optimizer == expected.build()
+
+
+def test_a_run_that_diverges_everywhere_fails_at_once_and_says_who_is_quarantined_and_why(tiny: dict[str, Any]) -> None:
+    run = open_run(RunConfig.from_dict(tiny, ["inner.learning_rate=1e30", "inner.clip_norm=null"]))
+    with pytest.raises(ClusterError, match=r"island-0\d is quarantined after 3 bad payloads in a row: \w+: ") as caught:
+        train_in_process(run)
+    assert caught.value.remedy

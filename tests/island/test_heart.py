@@ -28,6 +28,7 @@ class Telephone:
         self.hellos: list[Hello] = []
         self._answer: Order | Exception = "go_on"
         self._welcome = Welcome(1)
+        self.news = News("ok")
         self._rings = threading.Condition()
 
     def answers(self, order: Order | Exception) -> None:
@@ -60,7 +61,7 @@ class Telephone:
         return Verdict("accepted")
 
     def follow(self, island: str, incarnation: int, after: int, wait_s: float, held: str = "") -> News:
-        return News("ok")
+        return self.news
 
     def snapshot(self, first: bool = False) -> SnapshotState:
         raise AssertionError("no heart asks for a snapshot")
@@ -163,6 +164,16 @@ def test_a_name_that_went_to_another_process_stops_the_training(room: Room) -> N
     room.wait_for_the_end()
     with pytest.raises(FencedError, match="another process"):
         room.exchange.check(plan)
+
+
+def test_a_name_that_is_quarantined_stops_the_training_with_the_reason_and_a_remedy(room: Room) -> None:
+    plan = room.work("1.1")
+    room.line.news = News("fenced", reason="island-00 is quarantined after 3 bad payloads in a row: values")
+    room.line.answers("fenced")
+    room.wait_for_the_end()
+    with pytest.raises(FencedError, match="quarantined after 3 bad payloads in a row: values") as caught:
+        room.exchange.check(plan)
+    assert "inner.learning_rate" in caught.value.remedy
 
 
 def test_a_name_refused_at_the_hello_stops_the_training_with_the_reason(room: Room) -> None:

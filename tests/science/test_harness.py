@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.science.__main__ import main
 from benchmarks.science.claims import CORE, MORE, Claim, Row, better, chosen, find, shown, unclaimed
 from benchmarks.science.report import draw, runs_table, table
 from benchmarks.science.runs import Corpus, Laboratory, Outcome
@@ -54,6 +55,16 @@ def test_the_command_means_core_rows_all_rows_or_those_named() -> None:
     assert chosen("core") == CORE
     assert chosen("all") == (*CORE, *MORE)
     assert [row.name for row in chosen("all", ["muon", "H"])] == ["H", "muon"]
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--workers"])
+def test_none_at_all_is_refused(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["science", option, "0"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "give 1 or more" in capsys.readouterr().err
 
 
 def test_names_of_rows_differ() -> None:
