@@ -142,6 +142,13 @@ class RunConfig(Settings):
         given = f"sync.overlap={overlap} with inner.steps_per_round={steps}"
         if overlap > steps:
             raise ValueError(f"{given}: an overlap is no longer than a round; choose sync.overlap from 0 to {steps}")
+        if overlap and self.sync.closes == "all" and self.inner.steps == "by_speed":
+            why = "islands that take fewer steps than others have no common moment to merge at"
+            raise ValueError(f"{given} and inner.steps=by_speed: {why}; set sync.overlap=0, or sync.closes=quorum")
+        if overlap == steps and self.experiment.drop_probability:
+            what = f"{given} and experiment.drop_probability={self.experiment.drop_probability}"
+            why = "whoever was silent has not merged what its next contribution would be measured from"
+            raise ValueError(f"{what}: {why}; choose sync.overlap below {steps}")
         if not self.sync.eager:
             return
         if overlap != steps:

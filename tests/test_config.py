@@ -148,6 +148,14 @@ def test_delayed_nesterov_waits_for_as_many_steps_as_islands_only_where_each_has
             ["sync.weighting=examples", "outer.combine=trimmed_mean"],
             ["sync.weighting=examples", "outer.combine=trimmed_mean", "choose sync.weighting=uniform"],
         ),
+        (
+            ["sync.preset=delayed", "experiment.drop_probability=0.3"],
+            ["sync.overlap=25", "experiment.drop_probability=0.3", "choose sync.overlap below 25"],
+        ),
+        (
+            ["sync.preset=streaming", "sync.partition=sequential", "inner.steps=by_speed"],
+            ["sync.overlap=5", "inner.steps=by_speed", "set sync.overlap=0, or sync.closes=quorum"],
+        ),
         (["sync.overlap=5", "sync.preset=data_parallel"], ["sync.overlap=5", "steps_per_round=1"]),
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else "",
