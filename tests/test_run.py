@@ -90,8 +90,9 @@ def test_too_little_text_for_one_batch_is_refused(tiny: dict[str, Any]) -> None:
 
 
 def test_text_without_a_validation_sequence_is_refused(tiny: dict[str, Any]) -> None:
+    longer = ("data.sequence_length=20000", "model.config.max_position_embeddings=20000", "inner.batch_size=1")
     with pytest.raises(DataError, match="validation"):
-        opened(tiny, "data.sequence_length=20000", "inner.batch_size=1")
+        opened(tiny, *longer)
 
 
 def test_shards_of_another_tokenizer_are_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
