@@ -146,7 +146,7 @@ def test_a_new_process_gets_the_next_incarnation_and_keeps_it_when_it_asks_again
 def test_who_lost_its_name_to_a_newer_process_is_told_why(line: Transport, islands: list[SmallIsland]) -> None:
     old, new = islands[0], SmallIsland(0, JOB)
     join_all(line, [old, new])
-    assert "island-00 is alive" in old.join(line)
+    assert old.join(line) == "island-00 is held by another process"
 
 
 def test_a_beat_is_answered_with_what_the_island_is_to_do(line: Transport, islands: list[SmallIsland]) -> None:
