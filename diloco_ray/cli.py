@@ -6,6 +6,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -274,7 +275,11 @@ def simulate(
 
     named = scenarios(scenario)
     if seed is not None:
-        numbers = [int(number) for number in faults.split(",") if number != "none"] if faults else None
+        if faults and not re.fullmatch(r"none|\d+(,\d+)*", faults):
+            raise typer.BadParameter(
+                f"{faults!r} is no list of numbers; give such as 0,2, or none", param_hint="--faults"
+            )
+        numbers = [int(number) for number in re.findall(r"\d+", faults)] if faults else None
         told = [one_story(one, seed, numbers, print) for one in named]
         raise typer.Exit(any(story.problem for story in told))
     tallies, seconds = simulate(named, range(first_seed, first_seed + seeds), workers or os.cpu_count() or 1, print)

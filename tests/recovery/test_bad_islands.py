@@ -52,9 +52,9 @@ def is_there(pid: int) -> bool:
 
 
 def test_an_island_that_stands_still_is_given_up_and_replaced_and_its_process_ends(tiny: dict[str, Any]) -> None:
-    body = with_factory(tiny, "tests.model.plain_module:build", islands=[1, 2], rounds=25, name="still")
+    body = with_factory(tiny, "tests.model.plain_module:build", islands=[1, 2], rounds=40, name="still")
     body["inner"] = {**tiny["inner"], "steps_per_round": 500}
-    body["sync"] = {"heartbeat_every_s": 0.2, "heartbeat_timeout_s": 1.5}
+    body["sync"] = {"heartbeat_every_s": 0.5, "heartbeat_timeout_s": 5.0}  # a busy machine starves nobody that long
     watched = Watched(RunConfig.from_dict(body))
     watched.wait_until(lambda s: s["contributions"]["applied"] == 2, "both train")
     frozen = watched.status["islands"][0]
