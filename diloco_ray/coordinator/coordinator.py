@@ -83,6 +83,7 @@ class Coordinator:
         self._replica = self._new_replica()
         restore(store, self._log, self._replica)
         self._payloads: dict[tuple[Any, str], Payload] = {}
+        self._copied: dict[tuple[Any, str], Payload] = {}  # inspected, so ours; until the loop hears of it
         self._verdicts: dict[tuple[Any, str], Verdict] = {}
         self._computed: dict[int, tuple[Record, Bytes, str]] = {}  # committed, not yet announced
         self._cosines: dict[int, list[float]] = {}
@@ -194,6 +195,8 @@ class Coordinator:
     def receive(self, event: Event | None) -> None:
         if event is None or (ended(self.state) and not isinstance(event, Heartbeat | Left | Submitted)):
             return
+        if isinstance(event, Inspected):
+            self._hold_the_copy(event.contribution)
         if isinstance(event, Committed):
             record, payload, reason = self._computed.pop(event.index)
             self._feed.keep(record, payload)
@@ -230,6 +233,13 @@ class Coordinator:
             case _:
                 assert_never(command)
 
+    def _hold_the_copy(self, contribution: Contribution) -> None:
+        """It may have been sent again while it was inspected: what came last is not ours yet."""
+        name = (contribution.key, contribution.payload_sha256)
+        copied = self._copied.pop(name, None)
+        if copied is not None and name in self._payloads:
+            self._payloads[name] = copied
+
     def _drop_payloads(self) -> None:
         held = {(key, item.contribution.payload_sha256) for key, item in self.state.inbox.items()}
         self._payloads = {name: payload for name, payload in self._payloads.items() if name in held}
@@ -241,6 +251,8 @@ class Coordinator:
     def _inspect(self, contribution: Contribution, payload: Payload) -> Inspected:
         num_values = self._job.layout.fragments[contribution.fragment].num_values
         norm, problem = payload.inspect(contribution, num_values, self._uplink)
+        if not problem:
+            self._copied[contribution.key, contribution.payload_sha256] = payload
         return Inspected(self._now_s(), contribution, norm, problem)
 
     def _take_outer_step(self, step: TakeOuterStep) -> Committed:

@@ -45,7 +45,8 @@ class Audit:
         self._sent: dict[str, Bytes] = {}
         self._keys: set[tuple[int, int, str]] = set()
         self._spent: defaultdict[int, set[tuple[int, int]]] = defaultdict(set)  # by data shard: epoch and sequence
-        self._fence_epoch, self._tail, self._tail_sha256 = 0, 0, sha256_hex(begun.read("log/00000000.json"))
+        self._fence_epoch = self._tail = self._tail_epoch = 0
+        self._tail_sha256 = sha256_hex(begun.read("log/00000000.json"))
         self._ledger: DataLedger | None = None
         self.num_steps = 0
 
@@ -105,7 +106,7 @@ class Audit:
             self._spend(record.index, share.spent)
         self._replay(record)
         self._check_account(record.tokens, f"record {record.index}")
-        self._tail, self._tail_sha256 = record.index, sha256_hex(data)
+        self._tail, self._tail_sha256, self._tail_epoch = record.index, sha256_hex(data), record.fence_epoch
         self.num_steps += 1
 
     def _spend(self, index: int, ranges: tuple[DataRange, ...]) -> None:
@@ -134,10 +135,12 @@ class Audit:
     def announced(self, index: int) -> None:
         self.require(index <= self._tail, "I1", f"record {index} is announced and not in the log")
 
-    def looked_at(self, state: RunState) -> None:
-        """The state of a coordinator that is not fenced."""
+    def looked_at(self, state: RunState, fence_epoch: int) -> None:
+        """The state of a coordinator that is not fenced. One that an older coordinator has overtaken does not know yet
+        what that one has spent; it stops at its next commit."""
         self.require(state.index <= self._tail, "I1", f"the state is at record {state.index} of {self._tail}")
-        if state.ledger is self._ledger:
+        is_overtaken = state.index < self._tail and self._tail_epoch < fence_epoch
+        if state.ledger is self._ledger or is_overtaken:
             return
         self._ledger = state.ledger
         self._check_account(state.ledger.account(), "the ledger")

@@ -111,7 +111,7 @@ class World:
         if life is None or coordinator is None:
             return
         if not life.is_fenced:
-            self.audit.looked_at(coordinator.state)
+            self.audit.looked_at(coordinator.state, coordinator.fence_epoch)
         events = coordinator.report.own_events
         while self._num_told < len(events):
             event = events[self._num_told]

@@ -246,6 +246,25 @@ def test_a_contribution_is_copied_before_it_is_accepted(room: Room) -> None:
     assert bool(restored(room.store, room.job).parameters(0).isfinite().all())
 
 
+def test_what_is_sent_again_while_the_first_is_inspected_does_not_take_the_place_of_the_copy(room: Room) -> None:
+    """The island was given up meanwhile, and came back with its work."""
+    life, island = room.life, room.bad
+    coordinator, plan = life.coordinator, life.plan_of(island)
+    header, first = island.contribution(plan)
+    coordinator.submit(header, first)
+    coordinator.lost(island.name, island.process, "silent")
+    coordinator.submit(*room.good.contribution(life.plan_of(room.good)))
+    assert island.join(coordinator, plan) == ""
+    second = first.copy()
+    coordinator.submit(header, second)
+    coordinator.receive(life.run_job())  # the first one's inspection
+    assert coordinator.verdict_on(header).status == "accepted"
+    second[:] = 255
+    life.settle()
+    assert [share.island for share in records(room.store)[1].shares] == ["island-00", "island-01"]
+    assert bool(restored(room.store, room.job).parameters(0).isfinite().all())
+
+
 def overtaken(folder: Path, **fields: object) -> tuple[Room, InnerPlan, int]:
     """The bad island's plan and its base, from which the fragment has moved on by two outer steps of the good one."""
     room = Room(folder, small_job(num_islands=2, num_rounds=9, max_staleness=1, launch_interval_s=0.0, **fields))
