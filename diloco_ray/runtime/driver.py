@@ -29,6 +29,7 @@ from diloco_ray.runtime.coordinator_actor import MAX_WAITING_CALLS, CoordinatorA
 from diloco_ray.runtime.island_actor import PREEMPTED, EvaluatorActor, IslandActor
 
 POLL_S = 0.25
+GONE_S = 15.0  # an actor that Ray calls dead for so long, it will not start again
 EVALUATION_TIMEOUT_S = 600.0  # for what is left to measure when training is over
 HOPELESS = (ConfigError, CorruptionError, DataError, RunMismatchError, StoreError)
 
@@ -181,7 +182,7 @@ class _Driver:
 
     def _ask(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Status and new events; while Ray restarts the coordinator, waits, but not for ever."""
-        until = time.monotonic() + self._silence_s
+        began_s, gone_s = time.monotonic(), None
         while True:
             try:
                 return ray.get(self._coordinator.watch.remote(*self._seen), timeout=30.0)
@@ -194,7 +195,15 @@ class _Driver:
                         where=self._run.store.url,
                         remedy="mend the cause; the same command goes on from the last committed record",
                     ) from error
-                if time.monotonic() > until:
+                now_s = time.monotonic()
+                gone_s = (gone_s or now_s) if isinstance(error, exceptions.ActorDiedError) else None
+                if gone_s and now_s - gone_s > GONE_S:
+                    raise ClusterError(
+                        f"Ray has given the coordinator up: {_reason(error)}",
+                        where=self._run.store.url,
+                        remedy="give the same command again: it goes on from the last committed record",
+                    ) from error
+                if now_s - began_s > self._silence_s:
                     raise DeadlineError(
                         f"the coordinator did not answer for {self._silence_s:g} s: {_reason(error)}",
                         where=self._run.store.url,
