@@ -16,7 +16,7 @@ import threading
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from fsspec.asyn import AsyncFileSystem
@@ -109,8 +109,8 @@ class RunStore:
                 entries: list[str] = self._fs.ls(full, detail=False)
             except FileNotFoundError:
                 return []
-        below = PurePosixPath(full)
-        names = {PurePosixPath(entry).name for entry in entries if PurePosixPath(entry) != below}
+        below = full.strip("/")
+        names = {entry.strip("/").rsplit("/", 1)[-1] for entry in entries if entry.strip("/") != below}
         return sorted(name for name in names if not name.startswith(_HIDDEN))
 
     def delete(self, path: str) -> None:
