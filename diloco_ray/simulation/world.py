@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diloco_ray.coordination.state import ended
+from diloco_ray.coordination.state import RunState, ended
 from diloco_ray.document import replica_of
 from diloco_ray.ids import island_name, sha256_hex
 from diloco_ray.log.verify import verify
@@ -63,6 +63,7 @@ class World:
         self.usurped: list[IslandLife] = []
         self.trace: list[str] = []
         self._num_told = 0
+        self._seen: RunState | None = None
         self._num_processes = self._num_commands = 0
         self.outcome = ""
         self._names = [island_name(number) for number in range(beginning.max_islands)]
@@ -109,8 +110,10 @@ class World:
         coordinator = life.coordinator if life else None
         if life is None or coordinator is None:
             return
-        if not life.is_fenced:
-            self.audit.looked_at(coordinator.state, coordinator.fence_epoch)
+        state = coordinator.state
+        is_news, self._seen = state is not self._seen, state  # a state never changes: one look at each is enough
+        if is_news and not life.is_fenced:
+            self.audit.looked_at(state, coordinator.fence_epoch)
         events = coordinator.report.own_events
         while self._num_told < len(events):
             event = events[self._num_told]
@@ -119,9 +122,10 @@ class World:
                 self.tell("coordinator", text)
             elif event["event"] in ("outer_step", "round"):
                 self.tell("coordinator", f"{event['event']} {event.get('outer_step', event.get('round'))}")
-        self._faults.rounds_done(coordinator.state.round)
-        if ended(coordinator.state) and life.process.is_alive and not self.outcome:
-            self._over(life, coordinator.state.phase, coordinator.state.reason, coordinator.error is not None)
+        if is_news:
+            self._faults.rounds_done(state.round)
+        if ended(state) and life.process.is_alive and not self.outcome:
+            self._over(life, state.phase, state.reason, coordinator.error is not None)
 
     def _over(self, life: CoordinatorLife, phase: str, reason: str, by_error: bool) -> None:
         if not by_error:
