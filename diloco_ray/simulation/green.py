@@ -25,7 +25,6 @@ class Hub:
 
     def __init__(self, rng: random.Random):
         self.now_s, self.rng = 0.0, rng
-        self.num_moments = 0
         self.after_each: Callable[[], None] = lambda: None
         self._coming: list[tuple[float, int, Callable[[], None]]] = []
         self._num_calls = 0
@@ -43,7 +42,6 @@ class Hub:
                 return
             self.now_s = max(self.now_s, when_s)
             act()
-            self.num_moments += 1
             self.after_each()
 
     def pause(self, seconds: float | None = None) -> None:

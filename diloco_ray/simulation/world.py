@@ -80,7 +80,7 @@ class World:
             self.audit.require(bool(self.outcome), "I11", f"not over after {self.hub.now_s:.0f} s: {self._waits()}")
             self._prove()
             self.hub.run(self.hub.now_s + ISLANDS_END_S, lambda: not self._at_work())
-            self.audit.require(not self._at_work(), "I11", f"over, and {self._at_work()} goes on")
+            self.audit.require(not self._at_work(), "I11", f"over, and {', '.join(self._at_work())} goes on")
         except BrokenInvariantError as error:
             problem = str(error)
         except Exception as error:  # the product must not raise, whatever happened to it
@@ -142,10 +142,10 @@ class World:
             life.process.on_end = lambda reason: None
             life.process.kill("ended")
 
-    def _at_work(self) -> str:
+    def _at_work(self) -> list[str]:
         """Islands whose process lives, and is not stopped."""
-        lives = [life for life in self.islands.values() if life.process.is_alive and not life.process.is_frozen]
-        return ", ".join(life.name for life in lives)
+        lives = self.islands.values()
+        return [life.name for life in lives if life.process.is_alive and not life.process.is_frozen]
 
     def _waits(self) -> str:
         life = self.coordinator
