@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from diloco_ray import api
+from diloco_ray.cli import app
 from diloco_ray.config import RunConfig
 from diloco_ray.errors import ConfigError, CorruptionError, DataError, RunMismatchError, StoreError
 from diloco_ray.log.record import seal, unseal
 from diloco_ray.run import open_run, read_run
 from diloco_ray.simulation.in_process import begin, make_island, train_in_process
 from diloco_ray.transport.in_memory import InMemoryTransport
-from tests.processes import digests, run_folder
+from tests.processes import digests, run_folder, write_recipe
 
 
 def opened(body: dict[str, Any], *overrides: str) -> Any:
@@ -135,6 +137,16 @@ def test_a_storage_path_that_cannot_be_written_is_refused(tiny: dict[str, Any], 
 def test_no_run_is_found_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(RunMismatchError, match="no run at"):
         read_run(str(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "export", "sample", "evaluate"])
+def test_a_recipe_in_the_place_of_a_run_is_told_from_it(tiny: dict[str, Any], tmp_path: Path, command: str) -> None:
+    recipe = write_recipe(tmp_path, tiny)
+    options = ["--to", str(tmp_path / "exported")] if command == "export" else []
+    told = CliRunner().invoke(app, [command, str(recipe), *options]).exception
+    assert isinstance(told, RunMismatchError)
+    assert told.what == f"{recipe} is a recipe, and the folder of a run is wanted here"
+    assert str(run_folder(tiny)) in told.remedy
 
 
 def test_a_run_begun_and_interrupted_before_its_first_record_is_made_whole(tiny: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from diloco_ray.cli import main
 from diloco_ray.errors import ConfigError
 from diloco_ray.simulation.beginning import prepared_data
 from diloco_ray.simulation.scenario import Fault, Named, Scenario, scenarios
@@ -103,6 +104,11 @@ def test_the_command_writes_what_it_found(tmp_path: Path) -> None:
         ("faults: [{kill: island-01, at_s: 3, after_round: 1}]", ["exactly one"]),
         ("faults: [{kill: coordinator, point: whenever}]", ["faults.0.point"]),
         ("network: {loss: 1.5}", ["network.loss"]),
+        ("faults: [{kill: island-09, at_s: 3}]", ["faults.0", "island-09", "island-00, island-01, island-02, coord"]),
+        ("recipe: {islands: 2}\nfaults: [{leave: island-02, at_s: 3}]", ["leave of island-02", "island-00, island-01"]),
+        ("faults: [{kill: island-02, at_s: 3}]\nvariants: [{}, {islands: 2}]", ["kill of island-02", "island-01"]),
+        ("faults: [{cut: coordinator, at_s: 3}]", ["cut of coordinator"]),
+        ("faults: [{full: island-00, at_s: 3}]", ["full of island-00", "name one of storage"]),
         ("nonsense: 1", ["nonsense"]),
         ("a: [", ["mine.yaml"]),
     ],
@@ -118,6 +124,26 @@ def test_a_scenario_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, w
 def test_an_unknown_name_is_refused_with_those_there_are() -> None:
     with pytest.raises(ConfigError, match="anything"):
         scenarios("nothing-of-the-kind")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--faults", "0,2"], "--faults 0,2 without --seed"),
+        (["--faults", "0;2", "--seed", "3"], "'0;2' is no list of numbers"),
+        (["--faults", "0,2,77", "--seed", "3"], "this story has no fault 2, 77: its faults are 0 to 1"),
+    ],
+)
+def test_faults_that_cannot_be_meant_are_refused(
+    options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenario = tmp_path / "mine.yaml"
+    scenario.write_text("faults: [{kill: island-01, at_s: 3}, {kill: island-02, at_s: 3}]")
+    monkeypatch.setattr(sys, "argv", ["diloco-ray", "simulate", str(scenario), *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == ConfigError.exit_code
+    assert f"error: {words}" in capsys.readouterr().err
 
 
 def test_a_fault_says_what_it_is() -> None:
