@@ -27,8 +27,9 @@ from diloco_ray.simulation.storage import IOCall
 
 Kind = Literal["kill", "freeze", "cut", "mute", "deafen", "slow", "leave", "usurp", "bad_payload", "full", "sluggish"]
 BadPayload = Literal[
-    "nan", "huge", "short", "long", "other_digest", "pickle", "replayed", "forged", "doubled", "conflict"
-]
+    "nan", "huge", "zero", "short", "long", "terabyte", "pickle", "other_digest", "inflated", "foreign",
+    "replayed", "forged", "doubled", "conflict",
+]  # fmt: skip
 
 OTHERS: dict[str, tuple[str, ...]] = {  # whom a fault may strike, but for islands
     "kill": ("coordinator", "everything"),

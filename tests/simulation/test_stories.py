@@ -10,7 +10,7 @@ import pytest
 from diloco_ray.cli import main
 from diloco_ray.errors import ConfigError
 from diloco_ray.simulation.beginning import prepared_data
-from diloco_ray.simulation.scenario import Fault, Named, Scenario, scenarios
+from diloco_ray.simulation.scenario import Chance, Fault, Named, Scenario, scenarios
 from diloco_ray.simulation.simulate import Teller, simulate
 from tests.simulation.test_planted_bugs import drop_a_lease
 
@@ -54,6 +54,36 @@ def test_faults_strike_and_the_run_gets_over_them(teller: Teller) -> None:
     assert "the coordinator's process ended: killed" in trace
     assert "island-00 lost: silent for" in trace
     assert "coordinator: round 5" in trace
+
+
+@pytest.mark.parametrize(
+    ("name", "deaths"), [("together", 2 + 2 + 3 + 4), ("last_ones", 4), ("stand_still", 0), ("crash_loop", 20)]
+)
+def test_what_a_script_says_comes_to_pass(teller: Teller, name: str, deaths: int) -> None:
+    [named] = scenarios(name)
+    story = teller.tell(Named(name, named.scenario.model_copy(update={"chance": Chance()})), 5)
+    trace = "\n".join(story.trace)
+    assert (story.problem, story.num_struck) == ("", len(named.scenario.faults))
+    assert "nobody there" not in trace
+    assert trace.count("ended: killed") + trace.count("ended: preempted") >= deaths
+
+
+def test_nobody_is_given_up_for_what_takes_long_on_the_line(teller: Teller) -> None:
+    """The model, 16 s where 12 s of silence are borne, and contributions that take longer than a first attempt."""
+    [named] = scenarios("slow_line")
+    network = named.scenario.network.model_copy(update={"loss": 0.0, "late": 0.0})
+    for seed in range(4):
+        story = teller.tell(Named("slow", named.scenario.model_copy(update={"network": network})), seed)
+        assert (story.problem, [line for line in story.trace if "silent" in line]) == ("", [])
+
+
+def test_fifty_islands_join_within_a_second(teller: Teller) -> None:
+    steady = {"loss": 0.0, "late": 0.0, "delay_s": [0.01, 0.4]}
+    crowd = {"recipe": {"islands": [2, 50], "rounds": 1}, "network": steady}
+    story = teller.tell(Named("crowd", Scenario.model_validate(crowd)), 0)
+    joined = [line.split() for line in story.trace if " joined (incarnation 1" in line]
+    in_time = {name for when_s, _, name, *_ in joined if float(when_s) < 1.0}
+    assert (story.problem, len(in_time)) == ("", 50)
 
 
 def test_a_failing_story_is_cut_down_to_the_faults_that_it_takes(
