@@ -117,6 +117,24 @@ def test_a_run_of_another_format_is_refused_before_it_is_used(tiny: dict[str, An
         assert caught.value.where.endswith("run.json")
 
 
+def test_a_shard_that_is_damaged_under_a_run_ends_it_by_name_and_restored_lets_it_go_on(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    body = {**tiny, "data": {**tiny["data"], "prepared": str(tmp_path / "shards")}}
+    train_in_process(opened(body, "rounds=1"))
+    [shard] = (tmp_path / "shards").glob("train-*")
+    sound = shard.read_bytes()
+    for damaged in (sound[:-1], bytes([sound[0] ^ 1]) + sound[1:], None):
+        shard.unlink()
+        if damaged is not None:
+            shard.write_bytes(damaged)
+        with pytest.raises(CorruptionError) as caught:
+            train_in_process(opened(body))
+        assert shard.name in caught.value.what + caught.value.where
+        shard.write_bytes(sound)
+    assert train_in_process(opened(body)).state.index == 4
+
+
 def test_a_missing_dataset_is_refused_before_a_run_is_begun(tiny: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="nowhere"):
         opened({**tiny, "data": {**tiny["data"], "corpus": "nowhere/at.txt"}})

@@ -338,4 +338,5 @@ def test_after_the_end_what_is_late_is_refused_and_what_was_committed_is_known(t
     assert room.life.submit(*committed) == Verdict("committed")
     late = room.bad.contribution(plan, round=7)
     assert room.life.submit(*late) == Verdict("rejected", "over: the run has succeeded")
+    assert room.life.coordinator.beat(Beat("island-07", 1)) == "go_on"  # `news` tells it, not the fence
     assert room.life.coordinator._payloads == {}
