@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,7 +108,7 @@ def head_node(folder: Path) -> Iterator[dict[str, str]]:
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": "a-token-of-this-test-only-0123456789abcdef",
+        "RAY_AUTH_TOKEN": f"a-token-of-this-test-only-{uuid.uuid4().hex}",
     }
     environment.pop("RAY_ADDRESS", None)
     ray = str(Path(sys.executable).with_name("ray"))
