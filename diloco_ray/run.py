@@ -209,6 +209,17 @@ def _read_document(store: RunStore) -> Mapping[str, Any]:
 # ---- refusals ----
 
 
+def refuse_recipe(path: str) -> None:
+    """Says which run a recipe's is, where somebody named the recipe in its place."""
+    if Path(path).expanduser().is_file():
+        url = RunConfig.from_yaml(path).run_url
+        raise RunMismatchError(
+            f"{path} is a recipe, and the folder of a run is wanted here",
+            where=path,
+            remedy=f"name the folder of its run: {url}, unless it was given another --name or storage.path",
+        )
+
+
 def _existing(store: RunStore) -> Mapping[str, Any] | None:
     if store.exists(DOCUMENT):
         return _read_document(store)

@@ -51,7 +51,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> Confi
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown key {path}")
-            remedies.append(nearest_of(str(item["loc"][-1]), _fields_at(model, item["loc"][:-1])))
+            remedies.append(_remedy_of_unknown(model, item["loc"]))
             continue
         whole = item["type"] == "missing" or isinstance(item["input"], dict)
         given = "" if whole else f" (given: {item['input']!r})"
@@ -78,6 +78,23 @@ def _remedy(item: Any, path: str) -> str:
         return f"write {path} as {_KINDS[kind]}"
     bounds = [f"{word} {limits[bound]}" for bound, word in _BOUNDS.items() if bound in limits]
     return f"choose {path} {bounds[0]}" if bounds else f"see {path} in docs/recipes.md"
+
+
+def _remedy_of_unknown(model: Any, path: tuple[int | str, ...]) -> str:
+    """Most often a field without its section, or with another's, and else a slip of the hand."""
+    name = str(path[-1])
+    elsewhere = [field for field in _paths(model) if field.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return nearest_of(name, _fields_at(model, path[:-1]))
+
+
+def _paths(model: Any, prefix: str = "") -> list[str]:
+    """Of every section and field."""
+    found: list[str] = []
+    for name, field in getattr(model, "model_fields", {}).items():
+        found += [f"{prefix}{name}", *_paths(field.annotation, f"{prefix}{name}.")]
+    return found
 
 
 def _fields_at(model: Any, path: tuple[int | str, ...]) -> list[str]:

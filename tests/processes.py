@@ -67,10 +67,13 @@ class Train:
             time.sleep(0.05)
         raise AssertionError(f"not reached in {DEADLINE_S} s: {self.status()}")
 
+    def wait(self) -> tuple[int, str]:
+        """The exit code and the output, once the command has ended."""
+        return self._process.wait(timeout=DEADLINE_S), self._log.read_text()
+
     def wait_for_end(self, code: int = 0) -> str:
         """The output, once the command has ended with this exit code."""
-        found = self._process.wait(timeout=DEADLINE_S)
-        text = self._log.read_text()
+        found, text = self.wait()
         assert found == code, f"exit {found}, not {code}:\n{text[-3000:]}"
         return text
 

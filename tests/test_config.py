@@ -31,6 +31,9 @@ def test_a_recipe_survives_the_way_through_run_json(recipe: Path) -> None:
     [
         ("outr.learning_rate=1", ["unknown key outr", "did you mean outer?"]),
         ("outer.lerning_rate=1", ["unknown key outer.lerning_rate", "did you mean learning_rate?"]),
+        ("preset=eager", ["unknown key preset", "did you mean sync.preset?"]),
+        ("learning_rate=1", ["unknown key learning_rate", "did you mean inner.learning_rate or outer.learning_rate?"]),
+        ("inner.fragments=2", ["unknown key inner.fragments", "did you mean sync.fragments?"]),
         ("sync.zzz=1", ["unknown key sync.zzz", "choose one of", "heartbeat_every_s"]),
         ("inner.accumulate=3", ["batch_size=8", "accumulate=3"]),
         ("sync.uplink=int9", ["sync.uplink=int9", "int8"]),

@@ -3,19 +3,23 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from diloco_ray import api
+from diloco_ray.cli import app
 from diloco_ray.config import RunConfig
 from diloco_ray.errors import ConfigError, CorruptionError, DataError, RunMismatchError, StoreError
 from diloco_ray.log.record import seal, unseal
+from diloco_ray.log.run_log import RunLog, record_path
 from diloco_ray.run import open_run, read_run
 from diloco_ray.simulation.in_process import begin, make_island, train_in_process
 from diloco_ray.transport.in_memory import InMemoryTransport
-from tests.processes import digests, run_folder
+from tests.processes import digests, run_folder, write_recipe
 
 
 def opened(body: dict[str, Any], *overrides: str) -> Any:
@@ -32,6 +36,47 @@ def test_a_changed_recipe_is_refused_with_each_changed_field(tiny: dict[str, Any
         opened(tiny, "outer.learning_rate=0.1", "inner.steps_per_round=7")
     assert "outer.learning_rate: 0.7 -> 0.1" in str(caught.value)
     assert "inner.steps_per_round: 6 -> 7" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "found"),
+    [
+        ("model.config.hidden_size=16", "model.config.hidden_size: 32 -> 16"),
+        ("data.tokenizer=train:300", "data.tokenizer: 'bytes' -> 'train:300'"),
+        ("data.sequence_length=16", "data.sequence_length: 32 -> 16"),
+        ("inner.steps_per_round=7", "inner.steps_per_round: 6 -> 7"),
+        ("inner.precision=bfloat16", "inner.precision: 'float32' -> 'bfloat16'"),
+        ("sync.uplink=float32", "sync.uplink: 'int8' -> 'float32'"),
+        ("seed=8", "seed: 7 -> 8"),
+    ],
+)
+def test_another_model_tokenizer_length_number_of_steps_or_type_is_named_with_both_values(
+    tiny: dict[str, Any], field: str, found: str
+) -> None:
+    opened(tiny)
+    before = (run_folder(tiny) / "run.json").read_bytes()
+    with pytest.raises(RunMismatchError) as caught:
+        opened(tiny, field)
+    assert found in caught.value.what
+    assert (run_folder(tiny) / "run.json").read_bytes() == before
+
+
+def test_a_run_that_spends_a_range_of_tokens_twice_is_caught_with_both_records(tiny: dict[str, Any]) -> None:
+    """Made by hand: the last record spends what the first one has spent, and is sealed like any other."""
+    run = opened(tiny)
+    train_in_process(run)
+    assert CliRunner().invoke(app, ["verify", run.store.url]).exit_code == 0
+    first, *_, last = RunLog.open(run.store).records[1:]
+    shares = (replace(last.shares[0], spent=first.shares[0].spent), *last.shares[1:])
+    run.store.write(record_path(last.index), replace(last, shares=shares).to_bytes())
+    told = CliRunner().invoke(app, ["verify", run.store.url])
+    assert told.exit_code == CorruptionError.exit_code
+    spent = first.shares[0].spent[0]
+    [found] = [line for line in told.output.splitlines() if "overlap" in line]
+    assert found.startswith(
+        f"problem: {run.store.url_of(record_path(last.index))}: sequences {spent.start}..{spent.stop} "
+    )
+    assert found.endswith(f"overlap {spent.start}..{spent.stop} of record {first.index}")
 
 
 def test_changed_text_under_the_same_path_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -70,6 +115,24 @@ def test_a_run_of_another_format_is_refused_before_it_is_used(tiny: dict[str, An
         with pytest.raises(RunMismatchError, match=f"written in format {found}, this version reads 1") as caught:
             read()
         assert caught.value.where.endswith("run.json")
+
+
+def test_a_shard_that_is_damaged_under_a_run_ends_it_by_name_and_restored_lets_it_go_on(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    body = {**tiny, "data": {**tiny["data"], "prepared": str(tmp_path / "shards")}}
+    train_in_process(opened(body, "rounds=1"))
+    [shard] = (tmp_path / "shards").glob("train-*")
+    sound = shard.read_bytes()
+    for damaged in (sound[:-1], bytes([sound[0] ^ 1]) + sound[1:], None):
+        shard.unlink()
+        if damaged is not None:
+            shard.write_bytes(damaged)
+        with pytest.raises(CorruptionError) as caught:
+            train_in_process(opened(body))
+        assert shard.name in caught.value.what + caught.value.where
+        shard.write_bytes(sound)
+    assert train_in_process(opened(body)).state.index == 4
 
 
 def test_a_missing_dataset_is_refused_before_a_run_is_begun(tiny: dict[str, Any]) -> None:
@@ -135,6 +198,16 @@ def test_a_storage_path_that_cannot_be_written_is_refused(tiny: dict[str, Any], 
 def test_no_run_is_found_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(RunMismatchError, match="no run at"):
         read_run(str(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "export", "sample", "evaluate"])
+def test_a_recipe_in_the_place_of_a_run_is_told_from_it(tiny: dict[str, Any], tmp_path: Path, command: str) -> None:
+    recipe = write_recipe(tmp_path, tiny)
+    options = ["--to", str(tmp_path / "exported")] if command == "export" else []
+    told = CliRunner().invoke(app, [command, str(recipe), *options]).exception
+    assert isinstance(told, RunMismatchError)
+    assert told.what == f"{recipe} is a recipe, and the folder of a run is wanted here"
+    assert str(run_folder(tiny)) in told.remedy
 
 
 def test_a_run_begun_and_interrupted_before_its_first_record_is_made_whole(tiny: dict[str, Any]) -> None:

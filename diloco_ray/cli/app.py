@@ -13,8 +13,19 @@ app = typer.Typer(
     help="Elastic low-communication training (DiLoCo) on Ray.",
 )
 
+
+def _no_recipe(run: str) -> str:
+    if run.endswith((".yaml", ".yml")):
+        from diloco_ray.run import refuse_recipe
+
+        refuse_recipe(run)
+    return run
+
+
 Recipe = Annotated[str, typer.Argument(help="A recipe, such as jobs/quickstart.yaml.")]
-RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")]
+RunFolder = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.", callback=_no_recipe)
+]
 Set = Annotated[
     list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set outer.learning_rate=0.6")
 ]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -25,15 +24,10 @@ def simulate(
 ) -> None:
     """Play runs with seeded faults in virtual time, and hold them to every invariant. 1 where one was broken."""
     from diloco_ray.simulation.scenario import scenarios
-    from diloco_ray.simulation.simulate import explain, one_story, simulate, table
+    from diloco_ray.simulation.simulate import explain, fault_numbers, one_story, simulate, table
 
-    named = scenarios(scenario)
+    named, numbers = scenarios(scenario), fault_numbers(faults, seed)
     if seed is not None:
-        if faults and not re.fullmatch(r"none|\d+(,\d+)*", faults):
-            raise typer.BadParameter(
-                f"{faults!r} is no list of numbers; give such as 0,2, or none", param_hint="--faults"
-            )
-        numbers = [int(number) for number in re.findall(r"\d+", faults)] if faults else None
         told = [one_story(one, seed, numbers, print) for one in named]
         raise typer.Exit(any(story.problem for story in told))
     tallies, seconds = simulate(named, range(first_seed, first_seed + seeds), workers or os.cpu_count() or 1, print)
@@ -57,9 +51,7 @@ def chaos(
     kills_per_hour: Annotated[float, typer.Option(min=1, help="Faults of all kinds.")] = 600,
     minutes: Annotated[float, typer.Option(min=0.1, help="How long the storm rages.")] = 15,
     seed: Annotated[int, typer.Option(min=0, help="Of the storm; the recipe has its own.")] = 1,
-    as_json: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Where the report goes as JSON.")
-    ] = None,
+    as_json: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the report there.")] = None,
 ) -> None:
     """Storm a recipe's processes on a local Ray, and prove that the run withstood it.
 

@@ -127,6 +127,8 @@ class Coordinator:
 
     def beat(self, beat: Beat) -> Order:
         self.receive(Heartbeat(self._now_s(), beat.island, beat.incarnation, beat.progress))
+        if ended(self.state):
+            return "go_on"  # it will hear from `news` that the run is over
         if not is_current(self.state.members, beat.island, beat.incarnation):
             return "rejoin" if may_return(self.state.members, beat.island, beat.incarnation) else "fenced"
         if beat.lease_id and beat.lease_id not in self.state.ledger.outstanding:

@@ -1,5 +1,6 @@
 """What followers of the log are sent: the newest records with their payloads, and the newest usable snapshot."""
 
+import itertools
 from collections import deque
 from collections.abc import Callable
 
@@ -12,6 +13,9 @@ from diloco_ray.log.snapshot import list_snapshots, load_newest
 from diloco_ray.transport.protocol import Bytes, SnapshotState
 
 RECENT_BYTES = 512 * 1024**2  # payloads kept in memory; older ones are read from the store
+ANSWER_BYTES = (
+    64 * 1024**2
+)  # in one answer, but for its first record: a backlog is no reason for one that never arrives
 
 
 class Feed:
@@ -33,7 +37,8 @@ class Feed:
             return ()
         recent = tuple(item for item in self._recent if item[0].index > after)
         if recent and recent[0][0].index == after + 1:
-            return recent
+            sizes = itertools.accumulate(payload.size for _, payload in recent)
+            return recent[: max(1, sum(size <= ANSWER_BYTES for size in sizes))]
         record = self._log.records[after + 1]
         return ((record, np.frombuffer(self._log.payload(record), np.uint8)),)
 

@@ -73,7 +73,8 @@ class Exchange:
             self.incarnation, self._said_hello = welcome.incarnation, True
 
     def start(self) -> None:
-        self.say_hello()
+        if not self.incarnation:
+            self.say_hello()
         self._follower.load_snapshot()
         self.listen(0.0)
 

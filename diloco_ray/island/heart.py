@@ -74,4 +74,5 @@ class Heart:
                 exchange.say_hello()
             case "fenced":
                 name = exchange.identity.island
-                raise fenced(name, self._transport.follow(name, exchange.incarnation, exchange.index, 0.0).reason)
+                after = max(0, exchange.index)  # it may not have begun to follow
+                raise fenced(name, self._transport.follow(name, exchange.incarnation, after, 0.0).reason)

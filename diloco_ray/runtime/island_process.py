@@ -55,12 +55,13 @@ def live_as_island(
 
 
 def _train(island: Island, sync: SyncSettings, speed: float) -> None:
-    island.start()
     exchange = island.exchange
+    exchange.say_hello()
     heart = Heart(exchange, exchange.transport, sync.heartbeat_every_s, sync.stall_timeout_s)
-    exchange.start_threads(FOLLOW_S)
-    began_s = time.monotonic()
     try:
+        island.start()  # on a slow line the model takes longer than silence is borne
+        exchange.start_threads(FOLLOW_S)
+        began_s = time.monotonic()
         for moment in island.live():
             if moment == "wait":
                 exchange.wait(FOLLOW_S)

@@ -1,7 +1,7 @@
 """What goes wrong in one story, and when: at a time, after a round, at a moment of a storage call."""
 
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diloco_ray.simulation.green import Process
 from diloco_ray.simulation.scenario import Fault
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from diloco_ray.simulation.world import World
 
 STORAGE_S = 0.02  # one call of the storage, at most
-SLUGGISH_S = 5.0
+SLUGGISH_S = 30.0
 
 
 class Faults:
@@ -25,7 +25,7 @@ class Faults:
         self._world = world
         self._away_until_s: dict[str, float] = {}
         self._after_rounds = [fault for fault in faults if fault.after_round is not None]
-        self._at_points = [[fault, fault.skip] for fault in faults if fault.point]
+        self._at_points: list[list[Any]] = [[fault, fault.skip] for fault in faults if fault.point]
         self._full_until_s = self._sluggish_until_s = -1.0
 
     def begin(self) -> None:
@@ -54,11 +54,12 @@ class Faults:
             raise OSError(errno.ENOSPC, "no space left on device")
         if task.process.may_pause:
             hub.pause(hub.rng.random() * (SLUGGISH_S if hub.now_s < self._sluggish_until_s else STORAGE_S))
-        for point in self._at_points:
-            if point[0].is_at(call):
-                point[1] -= 1
-                if point[1] == -1:
-                    self._strike(point[0])
+        met = [point for point in self._at_points if point[0].is_at(call)]
+        for point in met:  # each counts the call, though the first to strike may end the process that makes it
+            point[1] -= 1
+        for fault, left in met:
+            if left == -1:
+                self._strike(fault)
 
     def _strike(self, fault: Fault) -> None:
         world, hub = self._world, self._world.hub

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from diloco_ray.errors import DeadlineError
 from diloco_ray.simulation.green import Hub, Process, Task
-from diloco_ray.transport.calls import CallingTransport
+from diloco_ray.transport.calls import WITH_TENSORS, CallingTransport
+from diloco_ray.transport.protocol import News, SnapshotState
 
-CALL_S = 6.0  # one attempt, as a carrier makes it; a deadline holds many
+CALL_S = 6.0  # the first attempt, as a carrier makes it; a deadline holds several
 PAUSE_S = 0.5
 
 
@@ -27,6 +28,9 @@ class NetworkSettings(BaseModel):
     loss: float = Field(0.02, ge=0, lt=1)
     doubled: float = Field(0.05, ge=0, lt=1)
     late: float = Field(0.03, ge=0, lt=1, description="probability that one takes ten times as long: it is overtaken")
+    bytes_per_s: float | None = Field(
+        None, gt=0, description="of tensors; what has none of them goes past, as with Ray"
+    )
 
 
 class Server(Protocol):
@@ -65,7 +69,7 @@ class Network:
             if server is not None and server.process.is_alive:
                 server.process.start(method, lambda: self._serve(server, question, process, method, arguments))
 
-        self._send(process.name, "coordinator", arrive)
+        self._send(process.name, "coordinator", arrive, _tensor_bytes(arguments))
         until_s = self.hub.now_s + timeout_s
         while not question.has_answer and self.hub.now_s < until_s:
             self.hub.pause(until_s - self.hub.now_s)
@@ -81,9 +85,9 @@ class Network:
                 question.has_answer, question.answer = True, answer
                 self.hub.wake(question.asker)
 
-        self._send("coordinator", process.name, arrive)
+        self._send("coordinator", process.name, arrive, _tensor_bytes(answer))
 
-    def _send(self, sender: str, receiver: str, arrive: Callable[[], None]) -> None:
+    def _send(self, sender: str, receiver: str, arrive: Callable[[], None], tensor_bytes: int) -> None:
         """A cut is looked at when a message leaves and when it would arrive."""
         rng, settings = self.hub.rng, self.settings
         self.num_messages += 1
@@ -91,7 +95,23 @@ class Network:
             if rng.random() < settings.loss or (sender, receiver) in self.cuts:
                 continue
             delay_s = rng.uniform(*settings.delay_s) * (10.0 if rng.random() < settings.late else 1.0)
+            delay_s += tensor_bytes / settings.bytes_per_s if settings.bytes_per_s else 0.0
             self.hub.call_later(delay_s, lambda: None if (sender, receiver) in self.cuts else arrive())
+
+
+def _tensor_bytes(said: Any) -> int:
+    """Of all arrays in a question or an answer."""
+    match said:
+        case np.ndarray():
+            return said.nbytes
+        case tuple():
+            return sum(map(_tensor_bytes, said))
+        case News():
+            return _tensor_bytes(said.records)
+        case SnapshotState():
+            return _tensor_bytes((said.parameters, said.buffers))
+        case _:
+            return 0
 
 
 class Line(CallingTransport):
@@ -102,11 +122,12 @@ class Line(CallingTransport):
 
     def _call(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
         hub = self._network.hub
-        until_s = hub.now_s + self._deadline_s
+        until_s, attempt_s = hub.now_s + self._deadline_s, CALL_S
         while True:
-            answered, answer = self._network.ask(self._process, method, arguments, CALL_S + wait_s)
+            answered, answer = self._network.ask(self._process, method, arguments, attempt_s + wait_s)
             if answered:
                 return answer
+            attempt_s *= 2 if method in WITH_TENSORS else 1
             if hub.now_s > until_s:
                 raise DeadlineError(f"the coordinator did not answer '{method}' for {self._deadline_s:g} s")
             hub.pause(PAUSE_S)

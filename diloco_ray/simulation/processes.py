@@ -3,6 +3,7 @@
 What `runtime` does with Ray's actors is done here with threads in virtual time: the same classes stand behind.
 """
 
+import random
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -28,6 +29,7 @@ TICK_S = 0.5
 FOLLOW_S = 10.0
 VERDICT_TIMEOUT_S = 5.0  # under one attempt of a caller
 STEP_S = 1.5  # one inner step
+HOUR_S = 3600.0  # by so much at most an island's clock is ahead or behind
 
 Tamper = Callable[[Contribution, Bytes], list[tuple[Contribution, Bytes]]]
 
@@ -175,12 +177,15 @@ class IslandLife:
     def _live(self) -> None:
         sync = self._job.sync
         try:
-            island = Island(self._job, self.identity, self._line, clock=self.process.now_s, threads=self.process)
+            skew_s = random.Random(self.identity.pid).uniform(-HOUR_S, HOUR_S)
+            clock = partial(self._clock, skew_s)
+            island = Island(self._job, self.identity, self._line, clock=clock, threads=self.process)
             self.exchange = island.exchange
-            island.start()
+            island.exchange.say_hello()
             heart = Heart(
                 island.exchange, self._line, sync.heartbeat_every_s, sync.stall_timeout_s, threads=self.process
             )
+            island.start()
             island.exchange.start_threads(FOLLOW_S)
             for moment in island.live():
                 if moment == "wait":
@@ -192,6 +197,9 @@ class IslandLife:
         except DiLoCoError as error:
             self.process.kill(f"{type(error).__name__}: {error.what}")
         self.process.kill("")
+
+    def _clock(self, skew_s: float) -> float:
+        return self.process.now_s() + skew_s
 
     def take_leave(self, reason: str) -> None:
         """As an island that is told to go, with some time for it."""

@@ -27,9 +27,17 @@ from diloco_ray.simulation.storage import IOCall
 
 Kind = Literal["kill", "freeze", "cut", "mute", "deafen", "slow", "leave", "usurp", "bad_payload", "full", "sluggish"]
 BadPayload = Literal[
-    "nan", "huge", "short", "long", "other_digest", "pickle", "replayed", "forged", "doubled", "conflict"
-]
+    "nan", "huge", "zero", "short", "long", "terabyte", "pickle", "other_digest", "inflated", "foreign",
+    "replayed", "forged", "doubled", "conflict",
+]  # fmt: skip
 
+OTHERS: dict[str, tuple[str, ...]] = {  # whom a fault may strike, but for islands
+    "kill": ("coordinator", "everything"),
+    "freeze": ("coordinator", "everything"),
+    "usurp": ("coordinator",),
+    "full": ("storage",),
+    "sluggish": ("storage",),
+}
 BASE: dict[str, Any] = {
     "islands": [1, 3],
     "rounds": 5,
@@ -187,11 +195,27 @@ def scenarios(which: str) -> list[Named]:
 
 def _parse(text: str, where: str) -> Scenario:
     try:
-        return Scenario.model_validate(yaml.safe_load(text) or {})
+        scenario = Scenario.model_validate(yaml.safe_load(text) or {})
     except (ValidationError, yaml.YAMLError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         field = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{field}: {first['msg']}", where=where, remedy="see docs/reliability.md") from error
+    _check_who(scenario, where)
+    return scenario
+
+
+def _check_who(scenario: Scenario, where: str) -> None:
+    """Every fault has somebody to strike, whichever variant is drawn."""
+    recipes = [merged(merged(BASE, scenario.recipe), variant) for variant in scenario.variants]
+    most = [recipe["islands"][-1] if isinstance(recipe["islands"], list) else recipe["islands"] for recipe in recipes]
+    known = min((number for number in most if isinstance(number, int)), default=0)
+    islands = [island_name(number) for number in range(known)]
+    for number, fault in enumerate(scenario.faults):
+        others = OTHERS.get(fault.kind, ())
+        there_are = others if others == ("storage",) else (*islands, *others)
+        if fault.who not in there_are:
+            what = f"faults.{number}: {fault.kind} of {fault.who}, which is not in this scenario"
+            raise ConfigError(what, where=where, remedy=f"name one of {', '.join(there_are)}")
 
 
 def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,5 +225,12 @@ def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_these(faults: Sequence[Fault], which: Sequence[int] | None) -> list[Fault]:
-    """Those with these numbers, or all."""
+    """Those with these numbers, or all. ConfigError for a number that none of them has."""
+    if unknown := [number for number in which or () if number >= len(faults)]:
+        there_are = f"0 to {len(faults) - 1}" if faults else "none at all"
+        raise ConfigError(
+            f"this story has no fault {', '.join(map(str, unknown))}: its faults are {there_are}",
+            where="--faults",
+            remedy="without --faults the story is told with all of them, each with what it is",
+        )
     return [fault for number, fault in enumerate(faults) if which is None or number in which]

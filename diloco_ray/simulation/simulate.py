@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from diloco_ray.errors import ConfigError
 from diloco_ray.simulation.beginning import Beginning, prepared_data
 from diloco_ray.simulation.scenario import Named, Scenario
 from diloco_ray.simulation.world import Story, World
@@ -120,6 +122,18 @@ def _begin(folder: str) -> None:
 def _tell(task: tuple[Named, Sequence[int]]) -> list[Story]:
     assert _teller is not None
     return [_teller.tell(task[0], seed) for seed in task[1]]
+
+
+def fault_numbers(text: str | None, seed: int | None) -> list[int] | None:
+    """Those of `--faults`, such as 0,2, or none; None where it is not given. ConfigError where it cannot be meant."""
+    if text is None:
+        return None
+    if seed is None:
+        what = f"--faults {text} without --seed: each story has faults of its own"
+        raise ConfigError(what, where="--faults", remedy="name the story too, as in --seed 42 --faults 0,2")
+    if not re.fullmatch(r"none|\d+(,\d+)*", text):
+        raise ConfigError(f"{text!r} is no list of numbers", where="--faults", remedy="give such as 0,2, or none")
+    return [int(number) for number in re.findall(r"\d+", text)]
 
 
 def one_story(named: Named, seed: int, which: Sequence[int] | None, say: Callable[[str], None]) -> Story:

@@ -22,6 +22,14 @@ def tampered(how: BadPayload, c: Contribution, payload: Bytes, before: Sequence[
         case "huge":
             largest = np.frombuffer(np.float32(1e30).tobytes() * (payload.size // 4 + 1), np.uint8)
             return [_sealed(c, largest[: payload.size].copy())]
+        case "zero":
+            return [_sealed(c, np.zeros_like(payload))]
+        case "terabyte":
+            return [(replace(c, payload_bytes=10**12), payload)]
+        case "inflated":
+            return [(replace(c, inner_steps=10**9, metrics={**c.metrics, "tokens": 1e18}), payload)]
+        case "foreign":
+            return [(replace(c, run_id="another"), payload), (c, payload)]
         case "short":
             return [_sealed(c, payload[:-1].copy())]
         case "long":

@@ -13,9 +13,9 @@ import ray
 from ray import exceptions
 
 from diloco_ray.errors import DeadlineError
-from diloco_ray.transport.calls import CallingTransport
+from diloco_ray.transport.calls import WITH_TENSORS, CallingTransport
 
-CALL_S = 60.0  # one attempt; an answer that takes longer is asked for again
+CALL_S = 60.0  # the first attempt; an answer that takes longer is asked for again
 PAUSE_S = 0.2
 NO_ROOM = (exceptions.ObjectStoreFullError, exceptions.OutOfDiskError)
 
@@ -31,11 +31,13 @@ class RayTransport(CallingTransport):
 
         Where an object store is full, even after spilling to disk, it may have room again once others have been served.
         """
-        until, is_told = time.monotonic() + self._deadline_s, False
+        until, attempt_s, is_told = time.monotonic() + self._deadline_s, CALL_S, False
         while True:
             try:
-                return ray.get(getattr(self._coordinator, method).remote(*arguments), timeout=CALL_S + wait_s)
+                return ray.get(getattr(self._coordinator, method).remote(*arguments), timeout=attempt_s + wait_s)
             except (*NO_ROOM, exceptions.RayActorError, exceptions.GetTimeoutError) as error:
+                if method in WITH_TENSORS and isinstance(error, exceptions.GetTimeoutError):
+                    attempt_s *= 2
                 trouble, remedy = f"the coordinator did not answer '{method}'", "look at the coordinator's log"
                 if isinstance(error, NO_ROOM):
                     trouble = f"Ray's object store had no room for '{method}'"

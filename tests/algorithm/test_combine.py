@@ -284,6 +284,29 @@ def test_one_wild_island_moves_the_robust_combines_no_further_than_an_honest_one
     assert float(combined("mean", vectors, weights).norm()) > 1000 * longest
 
 
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(("name", "honest", "liars"), [("median", 5, 4), ("median", 4, 3), ("trimmed_mean", 4, 1)])
+def test_fewer_than_the_combine_bears_move_no_coordinate_past_the_honest_ones_though_they_collude(
+    name: str, honest: int, liars: int, seed: int
+):
+    """They send one vector, against the honest ones' mean, of an ordinary length or a hundred times that."""
+    vectors = [gaussian(10 * seed + m) for m in range(honest)]
+    stacked = torch.stack(vectors)
+    for factor in (1.0, 100.0):
+        lie = -stacked.mean(0) * factor * float(vectors[0].norm() / stacked.mean(0).norm())
+        found = combined(name, [lie] * liars + vectors, [1.0] * (liars + honest))
+        assert (found >= stacked.min(0).values).all()
+        assert (found <= stacked.max(0).values).all()
+
+
+@pytest.mark.parametrize(("honest", "liars"), [(5, 4), (3, 2)])
+def test_a_minority_that_colludes_makes_a_clipped_mean_no_longer_than_an_honest_contribution(honest: int, liars: int):
+    vectors = [gaussian(m) for m in range(honest)]
+    lies = [gaussian(77) * 1e6] * liars
+    longest = max(float(vector.norm()) for vector in vectors)
+    assert float(combined("clipped_mean", lies + vectors, [1.0] * (honest + liars)).norm()) <= longest
+
+
 def test_equal_norms_are_not_clipped():
     vectors, weights = [gaussian(0), -gaussian(0), gaussian(0).flip(0)], [1.0, 2.0, 3.0]
     torch.testing.assert_close(

@@ -96,3 +96,25 @@ def test_after_many_rounds_of_trouble_nothing_is_held_that_was_not_held_before(
     assert len(state.ledger.outstanding) == len(state.alive) == 3
     assert len(room.store.list("snapshots")) <= JOB.keep_snapshots + 1
     assert not list(tmp_path.rglob(".tmp-*")), "a hidden file is left"
+
+
+def test_an_island_that_flaps_a_thousand_times_costs_the_others_nothing_and_leaves_nothing(tmp_path: Path) -> None:
+    room = Room(tmp_path)
+    coordinator, num_events = room.life.coordinator, 2 * 1000
+    for number in range(1000):
+        victim = room.islands[-1]
+        coordinator.lost(victim.name, victim.process, "killed")
+        room.islands[-1] = SmallIsland(2, JOB)
+        join_all(coordinator, room.islands[-1:])
+        if number % 100 == 0:
+            for island in room.islands[:2]:
+                assert room.life.submit(*island.contribution(room.life.plan_of(island))).status == "accepted"
+            room.life.submit(*room.islands[-1].contribution(room.life.plan_of(room.islands[-1])))
+    state = coordinator.state
+    assert len(records(room.store)) == 10
+    assert state.members["island-02"].incarnation == 1001
+    assert set(state.members) == {island.name for island in room.islands}
+    assert len(state.ledger.outstanding) == len(state.alive) == 3
+    account = state.ledger.account()
+    assert account["leased"] == sum(account[fate] for fate in account if fate != "leased")
+    assert num_events <= len(coordinator.report.own_events) < 3 * num_events

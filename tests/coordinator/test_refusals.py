@@ -1,5 +1,6 @@
 """What a coordinator with a real store does with contributions that are wrong, late, or sent twice."""
 
+import gzip
 import json
 import math
 import pickle
@@ -17,7 +18,7 @@ from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.ids import canonical_json, sha256_hex
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.protocol import Beat
-from tests.small_run import METRICS, Life, SmallIsland, begun, join_all, records, restored, small_job
+from tests.small_run import METRICS, SHAPES, Life, SmallIsland, begun, join_all, records, restored, small_job
 
 Sent = tuple[Contribution, np.ndarray]
 
@@ -92,6 +93,12 @@ def pickled(room: Room, size: int | None = None) -> Sent:
     return sent(room, payload_sha256=sha256_hex(payload.data), payload_bytes=payload.size)[0], payload
 
 
+def zipped(room: Room, num_zeros: int, size: int = 0) -> Sent:
+    """As above, of so many zeros."""
+    payload = np.frombuffer(gzip.compress(bytes(num_zeros)).ljust(size, b"~"), np.uint8)
+    return sent(room, payload_sha256=sha256_hex(payload.data), payload_bytes=payload.size)[0], payload
+
+
 @dataclass(frozen=True)
 class Row:
     make: Callable[[Room], Sent]
@@ -112,6 +119,14 @@ TABLE: dict[str, Row] = {
         "schema: 4860 bytes of float32 where 4864 bytes of float32 belong",
         True,
     ),
+    "without one tensor": Row(
+        lambda r: of_values(r, lambda values: values[: -SHAPES["head"][0] * SHAPES["head"][1]]),
+        "schema: 4160 bytes",
+        True,
+    ),
+    "with a tensor more": Row(
+        lambda r: of_values(r, lambda values: torch.cat([values, values[:176]])), "schema: 5568 bytes", True
+    ),
     "a terabyte": Row(lambda r: sent(r, payload_bytes=10**12), "schema: 1000000000000 bytes of float32 where", True),
     "less than nothing": Row(lambda r: sent(r, payload_bytes=-1), "schema: -1 bytes of float32 where 4864", True),
     "another codec": Row(lambda r: sent(r, codec="int4"), "schema: 4864 bytes of int4 where 4864 bytes of", True),
@@ -127,6 +142,8 @@ TABLE: dict[str, Row] = {
     "a flipped bit": Row(lambda r: of_payload(r, flip_a_bit), "digest: the payload is not what its header says", True),
     "a pickle": Row(pickled, "schema: ", True),
     "a pickle of the right size": Row(lambda r: pickled(r, 4864), f"{VALUES} inf", True),
+    "a zip bomb": Row(lambda r: zipped(r, 100_000_000), "schema: ", True),
+    "a zip bomb of the right size": Row(lambda r: zipped(r, 4_500_000, 4864), f"{VALUES} ", True),
     "another run": Row(lambda r: sent(r, run_id="another"), "foreign: run another contributed to run 555"),
     "another protocol": Row(lambda r: sent(r, protocol_version=99), "protocol: version 99 offered, 1 spoken"),
     "a fragment that there is not": Row(lambda r: sent(r, fragment=1), "schema: fragment 1 of 1"),
@@ -321,4 +338,5 @@ def test_after_the_end_what_is_late_is_refused_and_what_was_committed_is_known(t
     assert room.life.submit(*committed) == Verdict("committed")
     late = room.bad.contribution(plan, round=7)
     assert room.life.submit(*late) == Verdict("rejected", "over: the run has succeeded")
+    assert room.life.coordinator.beat(Beat("island-07", 1)) == "go_on"  # `news` tells it, not the fence
     assert room.life.coordinator._payloads == {}

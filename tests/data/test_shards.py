@@ -73,10 +73,13 @@ def test_a_flipped_bit_is_noticed_here_and_far_away(prepared, tmp_path):
         TokenShards.open("memory://bucket/damaged", cache=str(tmp_path / "cache"))
 
 
-def test_a_truncated_shard_and_an_empty_folder_are_refused_at_once(prepared, tmp_path):
+def test_a_truncated_and_a_missing_shard_and_an_empty_folder_are_refused_at_once(prepared, tmp_path):
     shard = prepared / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CorruptionError, match=r"train-00000\.bin has \d+ bytes, not \d+"):
+        TokenShards.open(str(prepared))
+    shard.unlink()
+    with pytest.raises(CorruptionError, match=r"train-00000\.bin"):
         TokenShards.open(str(prepared))
     with pytest.raises(DataError, match="no prepared data here"):
         TokenShards.open(str(tmp_path / "nothing"))

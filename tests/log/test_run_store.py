@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -199,16 +200,17 @@ def test_a_disk_without_hard_links_is_refused(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_says_so_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_says_so_and_leaves_no_half_file(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     store = RunStore(str(tmp_path))
 
     def no_space(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(StoreError, match="No space left") as caught:
+    with pytest.raises(StoreError, match=re.escape(os.strerror(number))) as caught:
         store.write("x", b"1")
-    assert "free some space" in caught.value.remedy
+    assert "free some space or raise the quota" in caught.value.remedy
     assert list(tmp_path.iterdir()) == []
 
 

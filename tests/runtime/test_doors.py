@@ -1,9 +1,12 @@
 """The doors, as a user comes in: the shell, a Ray job, the Python API in a fresh interpreter."""
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,7 +108,7 @@ def head_node(folder: Path) -> Iterator[dict[str, str]]:
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": "a-token-of-this-test-only-0123456789abcdef",
+        "RAY_AUTH_TOKEN": f"a-token-of-this-test-only-{uuid.uuid4().hex}",
     }
     environment.pop("RAY_ADDRESS", None)
     ray = str(Path(sys.executable).with_name("ray"))
@@ -132,18 +135,31 @@ def head_node(folder: Path) -> Iterator[dict[str, str]]:
         head.wait(timeout=60)
 
 
-def test_a_ray_job_trains_and_logs_one_line_per_round(
-    tiny: dict[str, Any], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+def places_of(secret: str, *folders: Path) -> list[str]:
+    """Files below the folders, and command lines of processes, that have it in them."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    found: list[str] = []
+    for path in [*files, *Path("/proc").glob("[0-9]*/cmdline")]:
+        with contextlib.suppress(OSError):  # it may be gone by now
+            found += [str(path)] if secret.encode() in path.read_bytes() else []
+    return found
+
+
+def test_a_ray_job_trains_and_logs_one_line_per_round_and_its_token_is_nowhere(
+    tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     recipe = write_recipe(tmp_path, {**tiny, "rounds": 3})
-    ray = str(Path(sys.executable).with_name("ray"))
-    with head_node(Path(f"/tmp/dr{os.getpid()}")) as environment:
+    ray, rays = str(Path(sys.executable).with_name("ray")), Path(f"/tmp/dr{os.getpid()}")
+    with head_node(rays) as environment:
         command = [ray, "job", "submit", "--working-dir", ".", "--", sys.executable, "jobs/train.py", str(recipe)]
-        for _ in range(60):  # until the dashboard listens
+        for _ in range(60):  # until the dashboard listens, and has somebody to give a job to
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-            if "Failed to connect" not in done.stdout + done.stderr:
+            if not re.search("Failed to connect|No available agent", done.stdout + done.stderr):
                 break
+        assert any(rays.rglob("*.log"))
+        assert places_of(environment["RAY_AUTH_TOKEN"], rays, tmp_path) == []
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-3000:]
+    assert environment["RAY_AUTH_TOKEN"] not in output
     assert "succeeded" in output
     assert len([line for line in output.splitlines() if line.startswith("round ")]) == 3

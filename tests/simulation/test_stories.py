@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from diloco_ray.cli import main
 from diloco_ray.errors import ConfigError
 from diloco_ray.simulation.beginning import prepared_data
-from diloco_ray.simulation.scenario import Fault, Named, Scenario, scenarios
+from diloco_ray.simulation.scenario import Chance, Fault, Named, Scenario, scenarios
 from diloco_ray.simulation.simulate import Teller, simulate
 from tests.simulation.test_planted_bugs import drop_a_lease
 
@@ -53,6 +54,36 @@ def test_faults_strike_and_the_run_gets_over_them(teller: Teller) -> None:
     assert "the coordinator's process ended: killed" in trace
     assert "island-00 lost: silent for" in trace
     assert "coordinator: round 5" in trace
+
+
+@pytest.mark.parametrize(
+    ("name", "deaths"), [("together", 2 + 2 + 3 + 4), ("last_ones", 4), ("stand_still", 0), ("crash_loop", 20)]
+)
+def test_what_a_script_says_comes_to_pass(teller: Teller, name: str, deaths: int) -> None:
+    [named] = scenarios(name)
+    story = teller.tell(Named(name, named.scenario.model_copy(update={"chance": Chance()})), 5)
+    trace = "\n".join(story.trace)
+    assert (story.problem, story.num_struck) == ("", len(named.scenario.faults))
+    assert "nobody there" not in trace
+    assert trace.count("ended: killed") + trace.count("ended: preempted") >= deaths
+
+
+def test_nobody_is_given_up_for_what_takes_long_on_the_line(teller: Teller) -> None:
+    """The model, 16 s where 12 s of silence are borne, and contributions that take longer than a first attempt."""
+    [named] = scenarios("slow_line")
+    network = named.scenario.network.model_copy(update={"loss": 0.0, "late": 0.0})
+    for seed in range(4):
+        story = teller.tell(Named("slow", named.scenario.model_copy(update={"network": network})), seed)
+        assert (story.problem, [line for line in story.trace if "silent" in line]) == ("", [])
+
+
+def test_fifty_islands_join_within_a_second(teller: Teller) -> None:
+    steady = {"loss": 0.0, "late": 0.0, "delay_s": [0.01, 0.4]}
+    crowd = {"recipe": {"islands": [2, 50], "rounds": 1}, "network": steady}
+    story = teller.tell(Named("crowd", Scenario.model_validate(crowd)), 0)
+    joined = [line.split() for line in story.trace if " joined (incarnation 1" in line]
+    in_time = {name for when_s, _, name, *_ in joined if float(when_s) < 1.0}
+    assert (story.problem, len(in_time)) == ("", 50)
 
 
 def test_a_failing_story_is_cut_down_to_the_faults_that_it_takes(
@@ -103,6 +134,11 @@ def test_the_command_writes_what_it_found(tmp_path: Path) -> None:
         ("faults: [{kill: island-01, at_s: 3, after_round: 1}]", ["exactly one"]),
         ("faults: [{kill: coordinator, point: whenever}]", ["faults.0.point"]),
         ("network: {loss: 1.5}", ["network.loss"]),
+        ("faults: [{kill: island-09, at_s: 3}]", ["faults.0", "island-09", "island-00, island-01, island-02, coord"]),
+        ("recipe: {islands: 2}\nfaults: [{leave: island-02, at_s: 3}]", ["leave of island-02", "island-00, island-01"]),
+        ("faults: [{kill: island-02, at_s: 3}]\nvariants: [{}, {islands: 2}]", ["kill of island-02", "island-01"]),
+        ("faults: [{cut: coordinator, at_s: 3}]", ["cut of coordinator"]),
+        ("faults: [{full: island-00, at_s: 3}]", ["full of island-00", "name one of storage"]),
         ("nonsense: 1", ["nonsense"]),
         ("a: [", ["mine.yaml"]),
     ],
@@ -118,6 +154,26 @@ def test_a_scenario_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, w
 def test_an_unknown_name_is_refused_with_those_there_are() -> None:
     with pytest.raises(ConfigError, match="anything"):
         scenarios("nothing-of-the-kind")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--faults", "0,2"], "--faults 0,2 without --seed"),
+        (["--faults", "0;2", "--seed", "3"], "'0;2' is no list of numbers"),
+        (["--faults", "0,2,77", "--seed", "3"], "this story has no fault 2, 77: its faults are 0 to 1"),
+    ],
+)
+def test_faults_that_cannot_be_meant_are_refused(
+    options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenario = tmp_path / "mine.yaml"
+    scenario.write_text("faults: [{kill: island-01, at_s: 3}, {kill: island-02, at_s: 3}]")
+    monkeypatch.setattr(sys, "argv", ["diloco-ray", "simulate", str(scenario), *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == ConfigError.exit_code
+    assert f"error: {words}" in capsys.readouterr().err
 
 
 def test_a_fault_says_what_it_is() -> None:

@@ -12,7 +12,7 @@ from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.verify import verify
 from diloco_ray.observe.events import of_kind
 from diloco_ray.run import Run, open_run
-from diloco_ray.simulation.in_process import train_in_process
+from diloco_ray.simulation.in_process import make_island, train_in_process
 
 STEP_TOKENS = 4 * 32  # of the tiny recipe: a batch of 4 sequences
 SPEEDS = [1.0, 1.0, 0.25]
@@ -134,3 +134,23 @@ def test_a_run_with_hardly_any_room_for_contributions_gets_on(tiny: dict[str, An
     assert verify(tight.store, replica_of).problems == ()
     if preset == "delayed":
         assert made_of(tight) == made_of(roomy)
+
+
+@pytest.mark.parametrize("preset", ["diloco", "decoupled", "async"])
+def test_an_islands_clock_decides_nothing_but_what_it_says_of_its_speed(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    """One is an hour ahead, one an hour behind: every record is made of the same, bit for bit."""
+    sync = {"preset": preset, **({"fragments": 2} if preset == "decoupled" else {})}
+    right, _ = trained(tiny, "right", sync=sync, experiment={"speeds": SPEEDS})
+    hours = iter((1.0, -1.0, 0.0))
+
+    def make_skewed(run: Run, transport: Any, number: int, clock: Any) -> Any:
+        skew_s = 3600.0 * next(hours)
+        return make_island(run, transport, number, lambda: clock() + skew_s)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("diloco_ray.simulation.in_process.make_island", make_skewed)
+    skewed, _ = trained(tiny, "skewed", sync=sync, experiment={"speeds": SPEEDS})
+    assert list(hours) == []
+    assert made_of(skewed) == made_of(right)
+    assert digests(skewed) == digests(right)

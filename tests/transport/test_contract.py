@@ -9,10 +9,12 @@ import uuid
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from diloco_ray.algorithm.codecs import get_codec
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination.messages import Event, InnerPlan, Verdict
 from diloco_ray.coordinator.coordinator import Coordinator, Job
@@ -25,6 +27,7 @@ from tests.mail import Correspondents, office_open
 from tests.small_run import SmallIsland, begun, join_all, new_replica, records, restored, small_job
 
 JOB = small_job(num_islands=2)
+JOB_PAYLOAD = get_codec(JOB.downlink).num_bytes(JOB.layout.num_values)
 PATIENCE_S = 60.0
 RAY = pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(240)])
 CARRIERS = ["in memory", "run store: folder", "run store: memory", "run store: S3", RAY]
@@ -313,6 +316,18 @@ def test_a_follower_far_behind_is_given_every_record_in_order(
     assert same_state(behind.replica, restored(store, JOB))
 
 
+def test_a_backlog_is_told_in_parts(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diloco_ray.coordinator.feed.ANSWER_BYTES", 2 * JOB_PAYLOAD)
+    line, islands = InMemoryTransport(coordinator_here(store)), [SmallIsland(number, JOB) for number in range(2)]
+    join_all(line, islands)
+    for done in range(3):
+        one_round(line, islands, done)
+    told = [[record.index for record, _ in line.follow("", 0, after, 0.0).records] for after in range(3)]
+    assert told == [[1, 2], [2, 3], [3]]
+    monkeypatch.setattr("diloco_ray.coordinator.feed.ANSWER_BYTES", 0)
+    assert [record.index for record, _ in line.follow("", 0, 0, 0.0).records] == [1]
+
+
 def test_measurements_are_remembered_by_their_outer_step(line: Transport) -> None:
     assert line.measured() == set()
     line.evaluated(2, 2, {"loss": 1.5}, "")
@@ -411,6 +426,36 @@ def test_over_ray_a_full_object_store_is_waited_for_with_a_word_and_until_the_de
     with pytest.raises(DeadlineError, match=r"no room for 'measured' for 0\.3 s") as caught:
         RayTransport(CrowdedStore(full, 10**6), 0.3).measured()
     assert "object_store_memory" in caught.value.remedy
+
+
+def test_over_ray_what_carries_tensors_is_given_longer_each_time_and_a_beat_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a slow line a payload takes longer than any fixed time."""
+    import ray
+
+    from diloco_ray.transport.ray_object_store import RayTransport
+
+    asked: list[float] = []
+
+    def get(answer: Any, timeout: float) -> Any:
+        asked.append(timeout)
+        if len(asked) < 4:
+            raise ray.exceptions.GetTimeoutError("not yet")
+        return answer
+
+    class Anyone:
+        def __getattr__(self, method: str) -> Any:
+            return SimpleNamespace(remote=lambda *arguments: method)
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr("diloco_ray.transport.ray_object_store.PAUSE_S", 0.0)
+    line = RayTransport(Anyone(), PATIENCE_S)
+    line.snapshot()
+    assert asked == [60.0, 120.0, 240.0, 480.0]
+    asked.clear()
+    line.beat(Beat("island-00", 1))
+    assert asked == [60.0] * 4
 
 
 def test_in_memory_a_coordinator_that_does_not_judge_at_once_is_an_error(
