@@ -1,8 +1,10 @@
 """The preStop hook of an island's pod: `python k8s/leave.py SECONDS`.
 
-Kubernetes tells only the first process of a container that it is to end, and `ray start` then ends everything at once.
-So the hook has Ray drain this node first: nothing new is placed on it, and its islands send what is done, give back the
-rest and leave. It returns when they have left, or when the seconds are over.
+Kubernetes sends SIGTERM to the first process of a container only. `ray start` of Ray 2.60 then drains its node by
+itself, if it is that process and not below a shell; older ones end everything at once. With this hook an island has
+its notice either way: nothing new is placed on the node, and its islands send what is done, give back the rest and
+leave. The hook returns when they have left, or when the seconds are over. It takes every island that it sees for one
+of this pod's.
 """
 
 import subprocess
