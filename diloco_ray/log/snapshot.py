@@ -9,8 +9,8 @@ sealed metadata. Nothing is ever unpickled.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -67,7 +67,7 @@ def save_snapshot(store: RunStore, index: int, replica: Replica, record_digest: 
         files[name] = sha256_hex(data)
     digests = tuple(replica.digest(fragment.index) for fragment in replica.layout.fragments)
     manifest = Manifest(index, record_digest, tuple(replica.versions), replica.layout.to_dict(), files, digests)
-    store.write(manifest_path(index), seal(asdict(manifest)))
+    store.write(manifest_path(index), seal({**vars(manifest), "digests": [vars(digest) for digest in digests]}))
 
 
 def list_snapshots(store: RunStore) -> list[int]:
@@ -118,6 +118,21 @@ def load_snapshot(store: RunStore, index: int, replica: Replica) -> str:
             file = store.url_of(f"{_folder(index)}/{fragment_file(fragment.index)}")
             raise CorruptionError("the tensors do not have the digest of the manifest", where=file)
     return manifest.record
+
+
+def load_newest(store: RunStore, indices: Sequence[int], replica: Replica, digest_of: Callable[[int], str]) -> int:
+    """Fills the replica from the newest usable of these snapshots; returns which. digest_of: of the record of an index.
+
+    Errors as of `load_snapshot`, of the newest one.
+    """
+    first_error: CorruptionError | StoreError | None = None
+    for index in reversed(indices):
+        try:
+            if load_snapshot(store, index, replica) == digest_of(index):
+                return index
+        except (CorruptionError, StoreError) as error:  # damaged, or pruned while it was read
+            first_error = first_error or error
+    raise first_error or CorruptionError("no snapshot is of this log", where=store.url_of(SNAPSHOTS))
 
 
 def prune_snapshots(store: RunStore, keep: int) -> None:
@@ -185,7 +200,7 @@ def save_tensors(store: RunStore, path: str, tensors: Mapping[str, Tensor], meta
     folder, stem = PurePosixPath(path).parent, PurePosixPath(path).name
     file = f"{stem}-{sha256_hex(data)[:12]}.safetensors"
     store.write(str(folder / file), data)
-    store.write(f"{path}.json", seal(asdict(_Checkpoint(file, sha256_hex(data), meta))))
+    store.write(f"{path}.json", seal(vars(_Checkpoint(file, sha256_hex(data), meta))))
     for name in store.list("" if str(folder) == "." else str(folder)):
         if name != file and re.fullmatch(re.escape(stem) + r"-[0-9a-f]{12}\.safetensors", name):
             store.delete(str(folder / name))
