@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from diloco_ray.runtime.island_actor import FAREWELL_S, LOOK_EVERY_S
+from diloco_ray.runtime.island_process import FAREWELL_S, LOOK_EVERY_S
 from tests.k8s.manifests import K8S, OVERLAYS, ROOT, VERSIONS, Document, only, render, whats_wrong_built_in
 
 RAY_DRAINS_S = 30  # `ray start` at SIGTERM, which it gets after the hook
