@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,31 +41,22 @@ def run_folder(body: dict[str, Any]) -> Path:
     return Path(body["storage"]["path"]) / body["name"]
 
 
-class Train:
-    """`diloco-ray train RECIPE`, running."""
+class Command:
+    """A command line, running in a process group of its own. environment: beside this process's own."""
 
-    def __init__(self, recipe: Path, folder: Path, log: Path):
-        self.folder, self._log = folder, log
+    def __init__(self, arguments: Sequence[str], log: Path, **environment: str):
+        self._log = log
         with log.open("a") as out:
             self._process = subprocess.Popen(
-                [*CLI, "train", str(recipe)], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                list(arguments),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **environment},
             )
 
-    def status(self) -> dict[str, Any] | None:
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            return json.loads((self.folder / "status.json").read_text())
-        return None
-
-    def wait_until(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The first status document that fulfils the condition."""
-        until = time.monotonic() + DEADLINE_S
-        while time.monotonic() < until:
-            assert self._process.poll() is None, f"train ended early:\n{self._log.read_text()[-3000:]}"
-            status = self.status()
-            if status is not None and condition(status):
-                return status
-            time.sleep(0.05)
-        raise AssertionError(f"not reached in {DEADLINE_S} s: {self.status()}")
+    def check(self) -> None:
+        assert self._process.poll() is None, f"the command ended early:\n{self._log.read_text()[-3000:]}"
 
     def wait(self) -> tuple[int, str]:
         """The exit code and the output, once the command has ended."""
@@ -91,6 +82,30 @@ class Train:
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait(timeout=30)
+
+
+class Train(Command):
+    """`diloco-ray train RECIPE`, running."""
+
+    def __init__(self, recipe: Path, folder: Path, log: Path):
+        super().__init__([*CLI, "train", str(recipe)], log)
+        self.folder = folder
+
+    def status(self) -> dict[str, Any] | None:
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            return json.loads((self.folder / "status.json").read_text())
+        return None
+
+    def wait_until(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first status document that fulfils the condition."""
+        until = time.monotonic() + DEADLINE_S
+        while time.monotonic() < until:
+            self.check()
+            status = self.status()
+            if status is not None and condition(status):
+                return status
+            time.sleep(0.05)
+        raise AssertionError(f"not reached in {DEADLINE_S} s: {self.status()}")
 
 
 @contextmanager
@@ -153,8 +168,8 @@ def num_alive(status: dict[str, Any]) -> int:
     return sum(island["state"] == "alive" for island in status["islands"])
 
 
-def digests(folder: Path) -> list[str]:
-    """The global model after every outer step."""
+def digests(folder: Path | str) -> list[str]:
+    """The global model after every outer step of the run in this folder, or at this address."""
     return [record.parameters_digest for record in RunLog.open(RunStore(str(folder))).records]
 
 
@@ -168,7 +183,7 @@ def uninterrupted(body: dict[str, Any]) -> list[str]:
     return _UNINTERRUPTED[key]
 
 
-def assert_whole(folder: Path, expected: list[str]) -> None:
+def assert_whole(folder: Path | str, expected: list[str]) -> None:
     report = verify(RunStore(str(folder)), replica_of)
     assert report.problems == ()
     assert digests(folder) == expected

@@ -1,0 +1,144 @@
+"""Islands that are Ray clusters of their own and share with the coordinator nothing but a bucket.
+
+Real processes, a real S3 protocol, as many local Rays as there are commands.
+"""
+
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diloco_ray.api import create_token, revoke_tokens
+from diloco_ray.document import replica_of
+from diloco_ray.log.run_log import RunLog, numbered
+from diloco_ray.log.run_store import RunStore
+from diloco_ray.log.verify import verify
+from diloco_ray.observe.events import of_kind, read_events
+from tests.processes import CLI, DEADLINE_S, Command, assert_whole, uninterrupted, write_recipe
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+ROOT = Path(__file__).resolve().parents[2]
+SECRET = "a secret of these tests, long enough"
+
+
+@pytest.fixture(autouse=True)
+def _secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DILOCO_RAY_SECRET", SECRET)
+
+
+class Bucket:
+    """A run that lives in a bucket, its coordinator's command and its islands'."""
+
+    def __init__(self, body: dict[str, Any], folder: Path):
+        self.url = f"{body['storage']['path']}/{body['name']}"
+        self.store = RunStore(self.url)
+        self._recipe, self._folder = write_recipe(folder, body), folder
+        self._commands: list[Command] = []
+
+    def coordinator(self, *options: str) -> Command:
+        return self._start([*CLI, "train", str(self._recipe), *options], "coordinator")
+
+    def island(self, name: str) -> Command:
+        """Of a home of its own: what it saves is on no other island's machine."""
+        self.wait_until(lambda: self.store.exists("run.json"), "the run has begun")
+        home = self._folder / name
+        home.mkdir(exist_ok=True)
+        token = create_token(self.url, name)
+        command = [sys.executable, str(ROOT / "jobs" / "island.py"), self.url, "--name", name]
+        return self._start(command, name, DILOCO_RAY_TOKEN=token, HOME=str(home))
+
+    def _start(self, arguments: list[str], name: str, **environment: str) -> Command:
+        self._commands.append(Command(arguments, self._folder / f"{name}.log", **environment))
+        return self._commands[-1]
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        until = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < until, what
+            self._commands[0].check()
+            time.sleep(0.2)
+
+    def wait_for_outer_steps(self, least: int) -> None:
+        self.wait_until(lambda: max(numbered(self.store, "log"), default=0) >= least, f"{least} outer steps")
+
+    def joined(self) -> list[str]:
+        return [e["text"] for e in of_kind(read_events(self.store), "decision") if "joined" in e["text"]]
+
+    def stop(self) -> None:
+        for command in reversed(self._commands):
+            command.stop()
+
+
+@contextmanager
+def bucket(body: dict[str, Any], folder: Path) -> Iterator[Bucket]:
+    run = Bucket(body, folder)
+    try:
+        yield run
+    finally:
+        run.stop()
+
+
+@pytest.fixture
+def body(tiny: dict[str, Any], s3_bucket: str) -> dict[str, Any]:
+    return {
+        **tiny,
+        "islands": 2,
+        "rounds": 5,
+        "inner": {**tiny["inner"], "steps_per_round": 300},
+        "sync": {"poll_s": 0.3, "heartbeat_every_s": 0.5, "heartbeat_timeout_s": 120},
+        "storage": {"path": f"{s3_bucket}/{uuid.uuid4().hex}", "snapshot_every_rounds": 2},
+    }
+
+
+def test_two_clusters_and_a_bucket_end_a_run_with_the_bits_of_one_process_though_one_cluster_is_lost(
+    body: dict[str, Any], tmp_path: Path
+) -> None:
+    """The island comes back by the same command, with its optimizer's state and the data that it had."""
+    expected = uninterrupted({**body, "storage": {"path": str(tmp_path / "runs"), "snapshot_every_rounds": 2}})
+    with bucket(body, tmp_path) as run:
+        coordinator = run.coordinator("--islands", "external")
+        stays, goes = run.island("island-00"), run.island("island-01")
+        run.wait_for_outer_steps(2)
+        goes.kill()
+        back = run.island("island-01")
+        coordinator.wait_for_end()
+        assert "the run is over" in stays.wait_for_end()
+        assert "the run is over" in back.wait_for_end()
+        assert_whole(run.url, expected)
+        assert not [path for name in ("island-00", "island-01") for path in run.store.list(f"mail/{name}")]
+
+
+def test_islands_of_the_coordinators_cluster_and_from_outside_train_together_over_a_restart_of_the_coordinator(
+    body: dict[str, Any], tmp_path: Path
+) -> None:
+    body["cluster"] = {"island_resources": {"CPU": 1}, "external_islands": 1}
+    with bucket(body, tmp_path) as run:
+        first = run.coordinator()
+        outside = run.island("eu-1")
+        run.wait_for_outer_steps(2)
+        first.kill()
+        run.coordinator().wait_for_end()
+        outside.wait_for_end()
+        report = verify(run.store, replica_of)
+        assert report.problems == ()
+        assert report.num_outer_steps == 5
+        shares = [{share.island for share in record.shares} for record in RunLog.open(run.store).records[1:]]
+        assert shares == [{"eu-1", "island-00"}] * 5
+        assert [share.incarnation for share in RunLog.open(run.store).tail.shares if share.island == "eu-1"] == [1]
+
+
+def test_an_island_whose_token_is_revoked_is_told_so_and_ends(body: dict[str, Any], tmp_path: Path) -> None:
+    body |= {"islands": [1, 2], "rounds": 40}
+    with bucket(body, tmp_path) as run:
+        run.coordinator("--islands", "external")
+        outside = run.island("eu-1")
+        run.wait_for_outer_steps(1)
+        assert revoke_tokens(run.url, "eu-1") == 1
+        output = outside.wait_for_end(7)
+        assert "the coordinator refuses this island: token: it has been revoked" in output
+        assert SECRET not in output
