@@ -1,8 +1,9 @@
 """The Python door: `DiLoCoTrainer(config).fit()`, in the shapes of Ray Train."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -16,14 +17,20 @@ from diloco_ray.document import replica_of
 from diloco_ray.errors import ConfigError, DiLoCoError
 from diloco_ray.island.evaluator import validation_batches
 from diloco_ray.log.run_log import RunLog
+from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import restore
 from diloco_ray.model.build import build_model, trainable_parameters
 from diloco_ray.model.export import export_model, sample_text, validation_loss
 from diloco_ray.observe.events import of_kind, read_events
 from diloco_ray.observe.progress import Progress
-from diloco_ray.run import Run, open_run, read_run
+from diloco_ray.run import Run, check_same_recipe, open_as_island, open_run, read_run
 from diloco_ray.runtime.cluster import connected
 from diloco_ray.runtime.driver import train_on_ray
+from diloco_ray.runtime.outpost import join_on_ray
+from diloco_ray.transport import tokens
+from diloco_ray.transport.letters import MAIL, Token
+
+SECRET, LEAST_SECRET = "DILOCO_RAY_SECRET", 16
 
 Watcher = Callable[[Mapping[str, Any], list[dict[str, Any]]], None]
 
@@ -80,14 +87,17 @@ class DiLoCoTrainer:
 
     def open(self) -> Run:
         """Prepares the data and begins or takes up the run's folder: all that can be refused is refused here."""
+        if self.config.cluster.external_islands:
+            secret_of_environment()
         return open_run(self.config)
 
     def _train(self, run: Run, watch: Watcher | None) -> dict[str, Any]:
+        secret = secret_of_environment() if self.config.cluster.external_islands else ""
         with connected(self.config.cluster.address):
             if watch is not None:
-                return train_on_ray(run, watch)
+                return train_on_ray(run, watch, secret)
             with Progress(self.config.rounds) as progress:
-                return train_on_ray(run, progress)
+                return train_on_ray(run, progress, secret)
 
 
 # ---- what can be done with a run's folder ----
@@ -156,3 +166,59 @@ def sample(path: str, prompt: str, max_new_tokens: int, temperature: float, seed
     return sample_text(
         load_model(run), tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
+
+
+# ---- islands from outside ----
+
+
+def secret_of_environment() -> str:
+    """What all tokens of a run are made of. ConfigError where there is none, or a short one."""
+    secret = os.environ.get(SECRET, "")
+    if len(secret) < LEAST_SECRET:
+        what = f"has {len(secret)} characters, which is too few" if secret else "is not set"
+        raise ConfigError(
+            f"{SECRET} {what}: the tokens of islands from outside are made of it",
+            where="the environment",
+            remedy=f"export {SECRET}=$(openssl rand -hex 32), and keep it: a run goes on with the same one",
+        )
+    return secret
+
+
+def create_token(path: str, island: str, days: float | None = None) -> str:
+    """A new token for an island of this run: a secret."""
+    run = read_run(path)
+    return tokens.create_token(run.store, run.run_id, secret_of_environment(), island, days).text
+
+
+def revoke_tokens(path: str, island: str) -> int:
+    """Makes all tokens of an island worthless, within seconds; returns how many there were."""
+    return tokens.revoke_tokens(read_run(path).store, island)
+
+
+def join(
+    path: str,
+    token: str,
+    *,
+    name: str | None = None,
+    recipe: str | None = None,
+    resources: Mapping[str, float] | None = None,
+    wait_s: float = 600.0,
+    tell: Callable[[str], None] = print,
+) -> str:
+    """Trains one island of a run whose coordinator is elsewhere, on this process's Ray or a local one, until the run
+    is over; returns why it ended. recipe: refuse a run that is not of it. resources: of the island, instead of the
+    recipe's. wait_s: for a coordinator that allows islands from outside.
+    """
+    key = Token.read(token)
+    if name not in (None, key.island):
+        what = f"this token is of island {key.island!r}, not {name!r}"
+        raise ConfigError(what, where="--name", remedy="leave --name out, or have a token made for that island")
+    run = open_as_island(path, wait_s, tell)
+    if recipe is not None:
+        check_same_recipe(run.document, RunConfig.from_yaml(recipe), run.store.url)
+    if resources:
+        cluster = run.config.cluster.model_copy(update={"island_resources": dict(resources)})
+        run = replace(run, config=run.config.model_copy(update={"cluster": cluster}))
+    RunStore(run.store.url_of(f"{MAIL}/{key.island}")).probe()
+    with connected(None):
+        return join_on_ray(run, key, tell)

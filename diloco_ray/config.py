@@ -45,6 +45,7 @@ CHANGEABLE = (
     "sync.waiting_timeout_s",
     "sync.stall_timeout_s",
     "sync.coordinator_timeout_s",
+    "sync.poll_s",
     "sync.max_norm_ratio",
     "sync.max_inbox_bytes",
     "outer.statistics",
@@ -77,6 +78,9 @@ class ClusterSettings(Settings):
     address: str | None = Field(None, description="Ray cluster (default: the one around, else a local one)")
     island_resources: dict[str, Number] = Field({"CPU": 1}, description="Ray resources of one island")
     label_selector: dict[str, str] = Field({}, description="labels of the nodes that may hold islands")
+    external_islands: int = Field(
+        0, ge=0, description="of the islands, how many are clusters of their own that `diloco-ray join` the run store"
+    )
     placement_timeout_s: Number = Field(300.0, gt=0, description="wait for nodes that can hold the least islands")
     max_island_failures: int = Field(100, ge=0, description="restarts of one island before the run fails")
 
@@ -132,6 +136,7 @@ class RunConfig(Settings):
             raise ValueError(f"sync.quorum={self.quorum} {where}; choose {least} to {most}, or null")
         self._overlap_fits()
         self._experiment_fits()
+        self._external_islands_fit()
         if self.data.shards == "cluster" and (self.data.clusters or 0) > most:
             clusters = f"data.clusters={self.data.clusters} is more than the {most} islands there may be"
             raise ValueError(f"{clusters}, so some text would never be trained on; choose at most {most}")
@@ -185,6 +190,16 @@ class RunConfig(Settings):
         if len(experiment.speeds) > self.max_islands:
             what = f"experiment.speeds={list(experiment.speeds)} has more values than the {self.max_islands} islands"
             raise ValueError(f"{what} there may be; give at most {self.max_islands}")
+
+    def _external_islands_fit(self) -> None:
+        external = self.cluster.external_islands
+        if external > self.max_islands:
+            what = f"cluster.external_islands={external} is more than the {self.max_islands} islands there may be"
+            raise ValueError(f"{what}; choose at most {self.max_islands}, or allow more `islands`")
+        if external and self.sync.heartbeat_timeout_s < 5 * self.sync.poll_s:
+            what = f"sync.heartbeat_timeout_s={self.sync.heartbeat_timeout_s:g} with sync.poll_s={self.sync.poll_s:g}"
+            least = 5 * self.sync.poll_s
+            raise ValueError(f"{what}: a heartbeat by mail takes a few looks; choose at least {least:g}")
 
     @field_validator("name")
     @classmethod

@@ -7,6 +7,7 @@ islands/                              the islands' own checkpoints
 """
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from diloco_ray.data.batches import check_fills_a_batch
 from diloco_ray.data.prepare import prepare
 from diloco_ray.data.shards import TokenShards
 from diloco_ray.document import DOCUMENT, FORMAT_VERSION, create, outer_of, write_beginning
-from diloco_ray.errors import DataError, RunMismatchError
+from diloco_ray.errors import DataError, DeadlineError, RunMismatchError
 from diloco_ray.ids import island_name
 from diloco_ray.island.evaluator import EvaluationPlan
 from diloco_ray.island.inner_optimizer import check_available
@@ -30,6 +31,8 @@ from diloco_ray.island.job import IslandJob
 from diloco_ray.log.record import unseal
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.plan import check_model
+from diloco_ray.transport.letters import NOTICE
+from diloco_ray.transport.run_store import read_notice
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def open_run(config: RunConfig, *, progress: Callable[[int, int | None], None] |
     check_available(config.inner)
     document = _existing(store)
     if document:
-        _check_same_run(store, document, config)
+        check_same_recipe(document, config, store.url)
     else:
         check_model(config)
     shards = _open_data(config, progress)
@@ -162,6 +165,25 @@ def read_run(url: str) -> Run:
         )
     document = _read_document(store)
     config = RunConfig.from_dict(document["config"], where=store.url_of(DOCUMENT))
+    return Run(store, config, document, _prepared_now(store, document["prepared"]))
+
+
+def open_as_island(url: str, wait_s: float, tell: Callable[[str], None]) -> Run:
+    """A run whose coordinator is elsewhere, by the recipe that it is driven by now. DeadlineError where none opens."""
+    store, until_s, is_told = RunStore(url), time.monotonic() + wait_s, False
+    while (notice := read_notice(store)) is None or not store.exists(DOCUMENT):
+        if time.monotonic() > until_s:
+            raise DeadlineError(
+                f"no coordinator has opened this run to islands from outside for {wait_s:g} s",
+                where=store.url,
+                remedy="start it with `diloco-ray train RECIPE --islands external`, and compare the addresses",
+            )
+        if not is_told:
+            tell(f"waiting up to {wait_s:g} s for a coordinator at {store.url}")
+            is_told = True
+        time.sleep(min(1.0, wait_s))
+    document = _read_document(store)
+    config = RunConfig.from_dict(notice["config"], where=store.url_of(NOTICE))
     return Run(store, config, document, _prepared_now(store, document["prepared"]))
 
 
@@ -211,12 +233,13 @@ def _existing(store: RunStore) -> Mapping[str, Any] | None:
     return None
 
 
-def _check_same_run(store: RunStore, document: Mapping[str, Any], config: RunConfig) -> None:
+def check_same_recipe(document: Mapping[str, Any], config: RunConfig, where: str) -> None:
+    """RunMismatchError with every field in which the recipe is another run's."""
     changed = differences(document["identity"], config.identity())
     if changed:
         raise RunMismatchError(
             "this folder holds a run with another recipe:\n    " + "\n    ".join(changed),
-            where=store.url,
+            where=where,
             remedy="give the run another `--name`, or change these fields back to take the old run up again",
         )
 

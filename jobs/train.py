@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a cluster that has only the job's working directory
 
-from diloco_ray.cli import train_recipe
+from diloco_ray.cli.train import train_recipe, with_islands
 from diloco_ray.config import RunConfig
 from diloco_ray.errors import DiLoCoError
 
@@ -21,10 +21,12 @@ def main() -> int:
     parser.add_argument("recipe")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--name", help="the run's name (default: the recipe's)")
+    parser.add_argument("--islands", choices=["ray", "external"], default="ray", help="external: all of them `join`")
     arguments = parser.parse_args()
     overrides = arguments.set + ([f"name={arguments.name}"] if arguments.name else [])
     try:
-        train_recipe(_kept(RunConfig.from_yaml(arguments.recipe, overrides)))
+        config = RunConfig.from_yaml(arguments.recipe, overrides)
+        train_recipe(with_islands(_kept(config), arguments.islands))
     except DiLoCoError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

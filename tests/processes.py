@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -103,9 +103,13 @@ def training(recipe: Path, folder: Path) -> Iterator[Train]:
 
 
 class Watched:
-    """fit() in a thread, seen through its own watcher."""
+    """fit() in a thread, seen through its own watcher. Before Ray is shut down: `stop_all`."""
+
+    _all: ClassVar[list["Watched"]] = []
 
     def __init__(self, config: RunConfig):
+        self._all.append(self)
+        self._is_to_stop = False
         self.status: dict[str, Any] = {}
         self.texts: list[str] = []
         self.error: BaseException | None = None
@@ -118,7 +122,16 @@ class Watched:
         except BaseException as error:
             self.error = error
 
+    @classmethod
+    def stop_all(cls) -> None:
+        """A driver that outlives its test would speak to the next one's Ray."""
+        for watched in cls._all:
+            watched._is_to_stop = True
+            watched._thread.join(timeout=60)
+        cls._all.clear()
+
     def _watch(self, status: Any, events: list[dict[str, Any]]) -> None:
+        assert not self._is_to_stop
         self.status = dict(status) or self.status
         self.texts += [event["text"] for event in events if event["event"] == "decision"]
 

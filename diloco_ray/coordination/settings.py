@@ -58,6 +58,9 @@ class SyncSettings(Settings):
     waiting_timeout_s: Number = Field(1800.0, gt=0, description="wait with fewer than the least islands before failing")
     stall_timeout_s: Number = Field(1800.0, gt=0, description="an island whose inner loop stands still ends itself")
     coordinator_timeout_s: Number = Field(600.0, gt=0, description="how long an island waits for a silent coordinator")
+    poll_s: Number = Field(
+        1.0, gt=0, description="where islands meet the coordinator in the run store: longest pause between two looks"
+    )
     max_norm_ratio: Number = Field(100.0, gt=1, description="an outer gradient this much above the median is refused")
     max_inbox_bytes: int = Field(
         2 * 1024**3, ge=0, description="of contributions that the coordinator holds; what no next step needs then waits"

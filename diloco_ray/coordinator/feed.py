@@ -7,16 +7,13 @@ from collections.abc import Callable
 import numpy as np
 
 from diloco_ray.algorithm.replica import Replica
-from diloco_ray.errors import CorruptionError, StoreError
 from diloco_ray.log.record import Record
 from diloco_ray.log.run_log import RunLog
-from diloco_ray.log.snapshot import list_snapshots, load_snapshot
+from diloco_ray.log.snapshot import list_snapshots, load_newest
 from diloco_ray.transport.protocol import Bytes, SnapshotState
 
 RECENT_BYTES = 512 * 1024**2  # payloads kept in memory; older ones are read from the store
-ANSWER_BYTES = (
-    64 * 1024**2
-)  # in one answer, but for its first record: a backlog is no reason for one that never arrives
+ANSWER_BYTES = 64 * 1024**2  # in one answer, but for its first record: no backlog makes one that never arrives
 
 
 class Feed:
@@ -49,23 +46,6 @@ class Feed:
         indices = (
             [0] if first else [index for index in list_snapshots(self._log.store) if index < len(self._log.records)]
         )
-        index = self._load_newest(indices, replica)
-        fragments = [fragment.index for fragment in replica.layout.fragments]
-        return SnapshotState(
-            index,
-            self._log.records[index].round,
-            tuple(replica.versions),
-            tuple(replica.parameters(p).numpy() for p in fragments),
-            tuple(tuple(buffer.numpy() for buffer in replica.buffers(p)) for p in fragments),
-        )
-
-    def _load_newest(self, indices: list[int], replica: Replica) -> int:
-        store, records = self._log.store, self._log.records
-        first_error: CorruptionError | StoreError | None = None
-        for index in reversed(indices):
-            try:
-                if load_snapshot(store, index, replica) == records[index].digest():
-                    return index
-            except (CorruptionError, StoreError) as error:  # damaged, or pruned while it was read
-                first_error = first_error or error
-        raise first_error or CorruptionError("no snapshot is of this log", where=store.url_of("snapshots"))
+        records = self._log.records
+        index = load_newest(self._log.store, indices, replica, lambda index: records[index].digest())
+        return SnapshotState.of(index, records[index].round, replica)

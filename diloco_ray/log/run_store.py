@@ -64,6 +64,15 @@ class RunStore:
         with self._naming("read", path):
             return Path(full).read_bytes() if self.is_local else self._fs.cat_file(full)
 
+    def read_if_there(self, path: str) -> bytes | None:
+        """The whole file, or None where there is none. StoreError when it cannot be read."""
+        try:
+            return self.read(path)
+        except StoreError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
+
     def write(self, path: str, data: Bytes) -> None:
         """Creates or replaces the file; readers see the old bytes or the new ones, also after a crash."""
         full = self._full(path)
@@ -112,6 +121,17 @@ class RunStore:
         below = PurePosixPath(full)
         names = {PurePosixPath(entry).name for entry in entries if PurePosixPath(entry) != below}
         return sorted(name for name in names if not name.startswith(_HIDDEN))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Names of the files directly in a folder, sorted, and their bytes; a missing folder is an empty one."""
+        full = self._full(folder)
+        with self._naming("list", folder):
+            try:
+                entries: list[dict[str, Any]] = self._fs.ls(full, detail=True)
+            except FileNotFoundError:
+                return {}
+        files = {PurePosixPath(entry["name"]).name: entry for entry in entries if entry["type"] == "file"}
+        return {name: int(files[name]["size"] or 0) for name in sorted(files) if not name.startswith(_HIDDEN)}
 
     def delete(self, path: str) -> None:
         """Removes the file if it is there."""

@@ -9,7 +9,7 @@ sealed metadata. Nothing is ever unpickled.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -118,6 +118,21 @@ def load_snapshot(store: RunStore, index: int, replica: Replica) -> str:
             file = store.url_of(f"{_folder(index)}/{fragment_file(fragment.index)}")
             raise CorruptionError("the tensors do not have the digest of the manifest", where=file)
     return manifest.record
+
+
+def load_newest(store: RunStore, indices: Sequence[int], replica: Replica, digest_of: Callable[[int], str]) -> int:
+    """Fills the replica from the newest usable of these snapshots; returns which. digest_of: of the record of an index.
+
+    Errors as of `load_snapshot`, of the newest one.
+    """
+    first_error: CorruptionError | StoreError | None = None
+    for index in reversed(indices):
+        try:
+            if load_snapshot(store, index, replica) == digest_of(index):
+                return index
+        except (CorruptionError, StoreError) as error:  # damaged, or pruned while it was read
+            first_error = first_error or error
+    raise first_error or CorruptionError("no snapshot is of this log", where=store.url_of(SNAPSHOTS))
 
 
 def prune_snapshots(store: RunStore, keep: int) -> None:

@@ -23,6 +23,7 @@ from diloco_ray.ids import canonical_json
 from diloco_ray.log.run_log import check_fence
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.observe.status import STATUS
+from diloco_ray.runtime.office import Mail, OfficeThread
 from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
 
 TICK_S = 0.5
@@ -37,14 +38,16 @@ MAX_WAITING_CALLS = 1000  # long polls included
 class CoordinatorActor:
     """Start it with max_concurrency=MAX_WAITING_CALLS. See `diloco_ray.coordinator`; doors mirror the transport's."""
 
-    def __init__(self, run_url: str, job: CoordinatorJob):
-        self._store = RunStore(run_url)
+    def __init__(self, run_url: str, job: CoordinatorJob, mail: Mail | None = None):
+        """mail: how islands from outside reach it, where they may."""
+        self._store, self._job, self._mail = RunStore(run_url), job, mail
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tensors")
         self._files = ThreadPoolExecutor(1, thread_name_prefix="files")
         holder = f"pid {os.getpid()} on {ray.util.get_node_ip_address()}"
         self._coordinator = Coordinator(self._store, job, later=self._run_later, holder=holder, pid=os.getpid())
         self._changed = asyncio.Event()
         self._clock: asyncio.Task[None] | None = None
+        self._office: OfficeThread | None = None
 
     # ---- doors ----
 
@@ -114,6 +117,8 @@ class CoordinatorActor:
         if self._clock is None:
             self._clock = asyncio.get_running_loop().create_task(self._keep_time())
             self._clock.add_done_callback(self._clock_stopped)
+            if self._mail:
+                self._office = OfficeThread(self._store, self._job, self._mail, self._coordinator, self)
         return answer
 
     async def _change(self, timeout_s: float) -> None:

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -27,8 +28,11 @@ from diloco_ray.run import Run
 from diloco_ray.runtime.cluster import actor_options, describe_shortage, num_placeable
 from diloco_ray.runtime.coordinator_actor import MAX_WAITING_CALLS, CoordinatorActor
 from diloco_ray.runtime.island_actor import PREEMPTED, EvaluatorActor, IslandActor
+from diloco_ray.runtime.office import Mail
+from diloco_ray.transport.ray_object_store import RayTransport
 
 POLL_S = 0.25
+GONE_S = 15.0  # an actor that Ray calls dead for so long, it will not start again
 EVALUATION_TIMEOUT_S = 600.0  # for what is left to measure when training is over
 HOPELESS = (ConfigError, CorruptionError, DataError, RunMismatchError, StoreError)
 
@@ -44,10 +48,13 @@ class Life:
     actor: Any
 
 
-def train_on_ray(run: Run, watch: Watcher) -> dict[str, Any]:
-    """Trains to the end; returns the last status. Raises ClusterError or the error that ended the run."""
+def train_on_ray(run: Run, watch: Watcher, secret: str = "") -> dict[str, Any]:
+    """Trains to the end; returns the last status. Raises ClusterError or the error that ended the run.
+
+    secret: what the tokens of islands from outside are made of, where the recipe has such islands.
+    """
     _wait_for_places(run, watch)
-    driver = _Driver(run, watch)
+    driver = _Driver(run, watch, secret)
     try:
         return driver.run_to_the_end()
     finally:
@@ -55,7 +62,7 @@ def train_on_ray(run: Run, watch: Watcher) -> dict[str, Any]:
 
 
 def _wait_for_places(run: Run, watch: Watcher) -> None:
-    cluster, least = run.config.cluster, run.config.min_islands
+    cluster, least = run.config.cluster, run.config.min_islands - run.config.cluster.external_islands
     until = time.monotonic() + cluster.placement_timeout_s
     told = False
     while num_placeable(cluster) < least:
@@ -73,15 +80,17 @@ def _wait_for_places(run: Run, watch: Watcher) -> None:
 
 
 class _Driver:
-    def __init__(self, run: Run, watch: Watcher):
+    def __init__(self, run: Run, watch: Watcher, secret: str):
         self._run, self._watch = run, watch
         self._silence_s = run.config.sync.coordinator_timeout_s
-        expected = min(run.config.max_islands, num_placeable(run.config.cluster))
+        cluster, poll_s = run.config.cluster, run.config.sync.poll_s
+        self._names = [island_name(number) for number in range(run.config.max_islands - cluster.external_islands)]
+        expected = min(len(self._names), num_placeable(cluster))
+        mail = Mail(secret, poll_s, run.config.model_dump(mode="json")) if cluster.external_islands else None
         name = f"coordinator-{run.run_id}-{uuid.uuid4().hex[:6]}"
         self._coordinator = CoordinatorActor.options(name=name, max_concurrency=MAX_WAITING_CALLS).remote(
-            run.store.url, run.coordinator_job(expected)
+            run.store.url, run.coordinator_job(expected), mail
         )
-        self._names = [island_name(number) for number in range(run.config.max_islands)]
         self._seen = (0, 0)  # fence epoch, and how many of its events
         self._quarantined: set[str] = set()
         self._lives: dict[Any, Life] = {}
@@ -116,8 +125,9 @@ class _Driver:
         process = uuid.uuid4().hex
         cluster = self._run.config.cluster
         actor = IslandActor.options(**actor_options(cluster.island_resources, cluster.label_selector)).remote()
-        speed = self._run.speed_of(self._names.index(name))
-        ref = actor.live.remote(self._run.island_job(), name, process, self._coordinator, self._run.config.sync, speed)
+        speed, sync = self._run.speed_of(self._names.index(name)), self._run.config.sync
+        connect = partial(RayTransport, self._coordinator, sync.coordinator_timeout_s)
+        ref = actor.live.remote(self._run.island_job(), name, process, connect, sync, speed)
         self._lives[ref] = Life(name, process, actor)
 
     def _start_evaluator(self) -> None:
@@ -144,9 +154,9 @@ class _Driver:
         except exceptions.RayError as error:
             if life.name in self._quarantined:
                 return
-            reason = _reason(error)
+            reason = reason_of(error)
             self._failures[life.name] = self._failures.get(life.name, 0) + 1
-            _raise_if_hopeless(error)
+            raise_if_hopeless(error)
             if self._failures[life.name] > self._run.config.cluster.max_island_failures:
                 raise ClusterError(
                     f"{life.name} failed {self._failures[life.name]} times, last: {reason}",
@@ -170,10 +180,10 @@ class _Driver:
             ray.get(self._evaluation, timeout=POLL_S)
             return True
         except exceptions.RayError as error:
-            _raise_if_hopeless(error)
+            raise_if_hopeless(error)
             self._evaluator_failures += 1
             if self._evaluator_failures > self._run.config.cluster.max_island_failures:
-                raise ClusterError(f"the evaluator failed: {_reason(error)}", where="evaluator") from error
+                raise ClusterError(f"the evaluator failed: {reason_of(error)}", where="evaluator") from error
             self._start_evaluator()
             return False
 
@@ -181,7 +191,7 @@ class _Driver:
 
     def _ask(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Status and new events; while Ray restarts the coordinator, waits, but not for ever."""
-        until = time.monotonic() + self._silence_s
+        began_s, gone_s = time.monotonic(), None
         while True:
             try:
                 return ray.get(self._coordinator.watch.remote(*self._seen), timeout=30.0)
@@ -194,9 +204,17 @@ class _Driver:
                         where=self._run.store.url,
                         remedy="mend the cause; the same command goes on from the last committed record",
                     ) from error
-                if time.monotonic() > until:
+                now_s = time.monotonic()
+                gone_s = (gone_s or now_s) if isinstance(error, exceptions.ActorDiedError) else None
+                if gone_s and now_s - gone_s > GONE_S:
+                    raise ClusterError(
+                        f"Ray has given the coordinator up: {reason_of(error)}",
+                        where=self._run.store.url,
+                        remedy="give the same command again: it goes on from the last committed record",
+                    ) from error
+                if now_s - began_s > self._silence_s:
                     raise DeadlineError(
-                        f"the coordinator did not answer for {self._silence_s:g} s: {_reason(error)}",
+                        f"the coordinator did not answer for {self._silence_s:g} s: {reason_of(error)}",
                         where=self._run.store.url,
                         remedy="give the same command again: it goes on from the last committed record",
                     ) from error
@@ -236,13 +254,13 @@ class _Driver:
         return ray.get(self._coordinator.finish.remote(), timeout=60.0)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     cause = error.cause if isinstance(error, exceptions.RayTaskError) else error
     text = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {text[0]}" if text else type(cause).__name__
 
 
-def _raise_if_hopeless(error: BaseException) -> None:
+def raise_if_hopeless(error: BaseException) -> None:
     """Errors that a restart meets again end the run as what they are."""
     if isinstance(error, exceptions.RayTaskError) and isinstance(error.cause, HOPELESS):
         raise error.cause from error

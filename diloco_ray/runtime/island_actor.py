@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -18,6 +18,7 @@ from diloco_ray.island.heart import Heart
 from diloco_ray.island.job import Identity, IslandJob, PreemptedError
 from diloco_ray.island.worker import Island
 from diloco_ray.runtime.cluster import this_node_is_draining
+from diloco_ray.transport.protocol import Transport
 from diloco_ray.transport.ray_object_store import RayTransport
 
 FOLLOW_S = 10.0  # one long poll
@@ -25,20 +26,25 @@ FAREWELL_S = 10.0  # for what is posted, of an island that has been told to go; 
 LOOK_EVERY_S = 2.0  # whether this node is draining
 PREEMPTED, OVER = "preempted", "the run is over"  # why an island left
 
+Connect = Callable[[], Transport]
+
 
 @ray.remote(max_restarts=0, max_task_retries=0)
 class IslandActor:
-    """An island that is a node, or part of one, of the coordinator's own Ray cluster."""
+    """An island that is a node, or part of one, of a Ray cluster: the coordinator's, or one of its own."""
+
+    def pid(self) -> int:
+        return os.getpid()
 
     def live(
-        self, job: IslandJob, name: str, process: str, coordinator: Any, sync: SyncSettings, speed: float = 1.0
+        self, job: IslandJob, name: str, process: str, connect: Connect, sync: SyncSettings, speed: float = 1.0
     ) -> str:
         """Trains until the run is over, or this process is told to go; returns which. What is done is sent before, work
         in hand is given back. Errors end the process and reach the driver with their text.
 
-        speed: under 1 for an island that is to be slower than its processor.
+        connect: opens the line to the coordinator. speed: under 1 for an island to be slower than its processor.
         """
-        transport = RayTransport(coordinator, sync.coordinator_timeout_s)
+        transport = connect()
         island = Island(job, Identity(name, process, os.getpid(), ray.util.get_node_ip_address()), transport)
         exchange, why = island.exchange, OVER
         with _preemptible(exchange):

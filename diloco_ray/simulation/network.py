@@ -3,17 +3,17 @@
 Nothing is ever spoken to a process directly: a question and its answer are two messages, each with a fate of its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from diloco_ray.coordination.messages import Contribution, Verdict
 from diloco_ray.errors import DeadlineError
 from diloco_ray.simulation.green import Hub, Process, Task
-from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
+from diloco_ray.transport.calls import CallingTransport
+from diloco_ray.transport.protocol import News, SnapshotState
 
 CALL_S = 6.0  # the first attempt, as a carrier makes it; a deadline holds several
 PAUSE_S = 0.5
@@ -115,35 +115,11 @@ def _tensor_bytes(said: Any) -> int:
             return 0
 
 
-class Line:
+class Line(CallingTransport):
     """A Transport: every call is made again until it is answered, or its deadline is over."""
 
     def __init__(self, network: Network, process: Process, deadline_s: float):
         self._network, self._process, self._deadline_s = network, process, deadline_s
-
-    def join(self, hello: Hello) -> Welcome:
-        return self._call("join", hello)
-
-    def beat(self, beat: Beat) -> Order:
-        return self._call("beat", beat)
-
-    def submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
-        return self._call("submit", contribution, payload)
-
-    def follow(self, island: str, incarnation: int, after: int, wait_s: float, held: str = "") -> News:
-        return self._call("follow", island, incarnation, after, wait_s, held, wait_s=wait_s)
-
-    def snapshot(self, first: bool = False) -> SnapshotState:
-        return self._call("snapshot", first)
-
-    def leave(self, island: str, incarnation: int, reason: str) -> None:
-        self._call("leave", island, incarnation, reason)
-
-    def measured(self) -> set[int]:
-        return self._call("measured")
-
-    def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None:
-        self._call("evaluated", index, round, metrics, sample)
 
     def _call(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
         hub = self._network.hub

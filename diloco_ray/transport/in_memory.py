@@ -1,26 +1,12 @@
 """The shortest way: direct calls to a coordinator in the same process, which answers at once and never waits."""
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import numpy as np
 
 from diloco_ray.coordination.messages import Contribution, Verdict
 from diloco_ray.errors import DeadlineError
-from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
-
-
-class Doors(Protocol):
-    """What a coordinator offers to its carriers."""
-
-    def join(self, hello: Hello) -> Welcome: ...
-    def beat(self, beat: Beat) -> Order: ...
-    def submit(self, contribution: Contribution, payload: Bytes) -> Verdict: ...
-    def news(self, island: str, incarnation: int, after: int, held: str) -> News | None: ...
-    def snapshot(self, first: bool) -> SnapshotState: ...
-    def leave(self, island: str, incarnation: int, reason: str) -> None: ...
-    def measured(self) -> set[int]: ...
-    def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None: ...
+from diloco_ray.transport.protocol import Beat, Bytes, Doors, Hello, News, Order, SnapshotState, Welcome
 
 
 class InMemoryTransport:

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination.messages import Contribution, InnerPlan, Verdict
 from diloco_ray.log.record import Record
 
@@ -43,6 +44,18 @@ class SnapshotState:
     versions: tuple[int, ...]
     parameters: tuple[np.ndarray, ...]
     buffers: tuple[tuple[np.ndarray, ...], ...]
+
+    @staticmethod
+    def of(index: int, round: int, replica: Replica) -> "SnapshotState":
+        """The replica's own arrays, not copied."""
+        fragments = [fragment.index for fragment in replica.layout.fragments]
+        return SnapshotState(
+            index,
+            round,
+            tuple(replica.versions),
+            tuple(replica.parameters(p).numpy() for p in fragments),
+            tuple(tuple(buffer.numpy() for buffer in replica.buffers(p)) for p in fragments),
+        )
 
 
 @dataclass(frozen=True)
@@ -95,4 +108,17 @@ class Transport(Protocol):
         """Outer steps that are evaluated already."""
         ...
 
+    def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None: ...
+
+
+class Doors(Protocol):
+    """What a coordinator offers to its carriers."""
+
+    def join(self, hello: Hello) -> Welcome: ...
+    def beat(self, beat: Beat) -> Order: ...
+    def submit(self, contribution: Contribution, payload: Bytes) -> Verdict: ...
+    def news(self, island: str, incarnation: int, after: int, held: str) -> News | None: ...
+    def snapshot(self, first: bool) -> SnapshotState: ...
+    def leave(self, island: str, incarnation: int, reason: str) -> None: ...
+    def measured(self) -> set[int]: ...
     def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None: ...

@@ -7,15 +7,13 @@ same content, until the deadline.
 
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray import exceptions
 
-from diloco_ray.coordination.messages import Contribution, Verdict
 from diloco_ray.errors import DeadlineError
-from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
+from diloco_ray.transport.calls import CallingTransport
 
 CALL_S = 60.0  # the first attempt; an answer that takes longer is asked for again
 CARRIERS = ("submit", "follow", "snapshot")  # of tensors: on a slow line each attempt is given twice as long as before
@@ -23,35 +21,11 @@ PAUSE_S = 0.2
 NO_ROOM = (exceptions.ObjectStoreFullError, exceptions.OutOfDiskError)
 
 
-class RayTransport:
+class RayTransport(CallingTransport):
     """A Transport over the coordinator's actor handle. deadline_s: how long a silent coordinator is waited for."""
 
     def __init__(self, coordinator: Any, deadline_s: float):
         self._coordinator, self._deadline_s = coordinator, deadline_s
-
-    def join(self, hello: Hello) -> Welcome:
-        return self._call("join", hello)
-
-    def beat(self, beat: Beat) -> Order:
-        return self._call("beat", beat)
-
-    def submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
-        return self._call("submit", contribution, payload)
-
-    def follow(self, island: str, incarnation: int, after: int, wait_s: float, held: str = "") -> News:
-        return self._call("follow", island, incarnation, after, wait_s, held, wait_s=wait_s)
-
-    def snapshot(self, first: bool = False) -> SnapshotState:
-        return self._call("snapshot", first)
-
-    def leave(self, island: str, incarnation: int, reason: str) -> None:
-        self._call("leave", island, incarnation, reason)
-
-    def measured(self) -> set[int]:
-        return self._call("measured")
-
-    def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None:
-        self._call("evaluated", index, round, metrics, sample)
 
     def _call(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
         """While Ray restarts the coordinator its calls fail; a get may even hang after a cut, hence the time-out.

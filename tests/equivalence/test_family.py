@@ -1,6 +1,5 @@
 """The presets are one engine: where their numbers coincide, so do their bits; and each trains, ends and verifies."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,13 +10,7 @@ from diloco_ray.log.verify import verify
 from diloco_ray.observe.events import of_kind, read_events
 from tests.equivalence.test_identities import FLOAT32, digests, final_parameters, records, train
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def preset(tiny: dict[str, Any], name: str, run_name: str = "", **sections: Any) -> Any:

@@ -6,7 +6,7 @@ ranges that the log says were spent.
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -39,13 +39,7 @@ ADAMW_TOLERANCE = {"rtol": 0.0, "atol": 5e-6}
 MOVED = 1e-3  # what training changes is far above either
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As in an island: sums of floats depend on how they are split."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(body: Mapping[str, Any], name: str, **sections: Any) -> Run:

@@ -1,5 +1,7 @@
 """The heart beats beside the training thread and brings it bad news between two inner steps."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -201,6 +203,7 @@ def test_a_stopped_heart_beats_no_more(room: Room) -> None:
     room.line.hears(1)
     room.heart.stop()
     room.wait_for_the_end()
+    assert room.heart._has_stopped
     count = len(room.line.beats)
     room.exchange.check(plan)
     assert len(room.line.beats) == count
@@ -243,3 +246,12 @@ def test_steps_waiting_and_having_no_work_are_signs_of_life(short_of_breath: Roo
     short_of_breath.exchange.is_waiting = False
     wait_for(exits)
     assert set(exits) == {HUNG}
+
+
+def test_a_process_that_is_to_end_ends_with_its_status_and_says_why() -> None:
+    code = (
+        "from diloco_ray.island.threads import OsThreads; OsThreads().end_process(75, 'no step for 5 s'); print('on')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT_S)
+    assert (ended.returncode, ended.stdout) == (HUNG, "")
+    assert ended.stderr.endswith("no step for 5 s: ending this process\n")

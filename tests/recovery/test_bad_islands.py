@@ -36,6 +36,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         try:
             yield
         finally:
+            Watched.stop_all()
             ray.shutdown()
 
 

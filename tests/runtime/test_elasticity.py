@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private.authentication.authentication_token_setup import (
+    enable_token_auth_by_default,
+    ensure_token_if_auth_enabled,
+)
 from ray._private.state import actors as all_actors
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
@@ -33,14 +37,17 @@ NOTICES_A_FROZEN_NODE = {  # within a quarter of a minute; Ray's own settings ta
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A head with room for two islands of one CPU each."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+def cluster() -> Iterator[Cluster]:
+    """A head with room for two islands of one CPU each; with Ray's token, as `ray.init` has it: a process whose Ray
+    asked for a token once turns away a cluster that has none."""
+    enable_token_auth_by_default()
+    ensure_token_if_auth_enabled(create_token_if_missing=True)
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": NOTICES_A_FROZEN_NODE})
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         yield cluster
     finally:
+        Watched.stop_all()
         ray.shutdown()
         cluster.shutdown()
 

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +23,14 @@ from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.follower import Follower
 from diloco_ray.transport.in_memory import InMemoryTransport
 from diloco_ray.transport.protocol import Beat, News, Transport
+from tests.mail import Correspondents, office_open
 from tests.small_run import SmallIsland, begun, join_all, new_replica, records, restored, small_job
 
 JOB = small_job(num_islands=2)
 JOB_PAYLOAD = get_codec(JOB.downlink).num_bytes(JOB.layout.num_values)
 PATIENCE_S = 60.0
-CARRIERS = ["in memory", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(240)])]
+RAY = pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(240)])
+CARRIERS = ["in memory", "run store: folder", "run store: memory", "run store: S3", RAY]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,10 @@ def opened(carrier: str, store: RunStore, request: pytest.FixtureRequest) -> Ite
     if carrier == "in memory":
         yield InMemoryTransport(coordinator_here(store))
         return
+    if carrier.startswith("run store"):
+        with by_mail(store) as transport:
+            yield transport
+        return
     request.getfixturevalue("cluster")
     import ray
 
@@ -78,14 +85,35 @@ def opened(carrier: str, store: RunStore, request: pytest.FixtureRequest) -> Ite
         ray.kill(actor, no_restart=True)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> RunStore:
-    return begun(RunStore(str(tmp_path / "run")), JOB)
+@contextlib.contextmanager
+def by_mail(store: RunStore) -> Iterator[Transport]:
+    """A coordinator whose office is open, and whoever writes to it."""
+    coordinator = coordinator_here(store)
+    with office_open(store, coordinator, JOB):
+        yield Correspondents(store, JOB)
 
 
 @pytest.fixture(params=CARRIERS)
-def line(request: pytest.FixtureRequest, store: RunStore) -> Iterator[Transport]:
-    with opened(request.param, store, request) as transport:
+def carrier(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunStore:
+    return begun(RunStore(str(tmp_path / "run")), JOB)
+
+
+@pytest.fixture
+def store(carrier: str, tmp_path: Path, request: pytest.FixtureRequest) -> RunStore:
+    where = {"run store: memory": f"memory://{uuid.uuid4().hex}/run"}.get(carrier, str(tmp_path / "run"))
+    if carrier == "run store: S3":
+        where = f"{request.getfixturevalue('s3_bucket')}/{uuid.uuid4().hex}"
+    return begun(RunStore(where), JOB)
+
+
+@pytest.fixture
+def line(carrier: str, request: pytest.FixtureRequest, store: RunStore) -> Iterator[Transport]:
+    with opened(carrier, store, request) as transport:
         yield transport
 
 
@@ -313,9 +341,9 @@ def test_measurements_are_remembered_by_their_outer_step(line: Transport) -> Non
 @pytest.mark.ray
 @pytest.mark.timeout(240)
 def test_over_ray_a_follower_sleeps_until_there_is_news(
-    request: pytest.FixtureRequest, islands: list[SmallIsland], store: RunStore
+    request: pytest.FixtureRequest, islands: list[SmallIsland], folder: RunStore
 ) -> None:
-    with opened("ray", store, request) as line:
+    with opened("ray", folder, request) as line:
         join_all(line, islands)
         plans = {island.name: plan_for(line, island) for island in islands}
         heard: list[News] = []
@@ -346,7 +374,7 @@ def wait_until_gone(actor: Any) -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(240)
 def test_over_ray_a_dead_coordinator_is_waited_for_until_the_deadline_and_named(
-    request: pytest.FixtureRequest, store: RunStore
+    request: pytest.FixtureRequest, folder: RunStore
 ) -> None:
     request.getfixturevalue("cluster")
     import ray
@@ -354,7 +382,7 @@ def test_over_ray_a_dead_coordinator_is_waited_for_until_the_deadline_and_named(
     from diloco_ray.runtime.coordinator_actor import CoordinatorActor
     from diloco_ray.transport.ray_object_store import RayTransport
 
-    actor = CoordinatorActor.remote(store.url, JOB)
+    actor = CoordinatorActor.remote(folder.url, JOB)
     ray.get(actor.measured.remote(), timeout=PATIENCE_S)
     ray.kill(actor, no_restart=True)
     wait_until_gone(actor)
@@ -431,9 +459,9 @@ def test_over_ray_what_carries_tensors_is_given_longer_each_time_and_a_beat_is_n
 
 
 def test_in_memory_a_coordinator_that_does_not_judge_at_once_is_an_error(
-    islands: list[SmallIsland], store: RunStore
+    islands: list[SmallIsland], folder: RunStore
 ) -> None:
-    line: Any = InMemoryTransport(Coordinator(store, JOB, later=lambda job: None, holder="test", pid=1))
+    line: Any = InMemoryTransport(Coordinator(folder, JOB, later=lambda job: None, holder="test", pid=1))
     join_all(line, islands)
     with pytest.raises(DeadlineError, match="did not judge"):
         line.submit(*islands[0].contribution(plan_for(line, islands[0])))

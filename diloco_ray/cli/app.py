@@ -1,0 +1,43 @@
+"""What the commands share: the application, its arguments, its exit codes."""
+
+from typing import Annotated, Any
+
+import typer
+
+DAMAGED, INTERRUPTED = 5, 130
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Elastic low-communication training (DiLoCo) on Ray.",
+)
+
+
+def _no_recipe(run: str) -> str:
+    if run.endswith((".yaml", ".yml")):
+        from diloco_ray.run import refuse_recipe
+
+        refuse_recipe(run)
+    return run
+
+
+Recipe = Annotated[str, typer.Argument(help="A recipe, such as jobs/quickstart.yaml.")]
+RunFolder = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.", callback=_no_recipe)
+]
+Set = Annotated[
+    list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: --set outer.learning_rate=0.6")
+]
+At = Annotated[int | None, typer.Option(help="Outer step (default: the last).")]
+Name = Annotated[str | None, typer.Option("--name", help="The run's name, so its folder (default: the recipe's).")]
+
+
+def read_config(recipe: str, overrides: list[str], name: str | None = None) -> Any:
+    from diloco_ray.config import RunConfig
+
+    return RunConfig.from_yaml(recipe, with_name(overrides, name))
+
+
+def with_name(overrides: list[str], name: str | None) -> list[str]:
+    return [*overrides, *([f"name={name}"] if name else [])]

@@ -1,0 +1,101 @@
+"""The post office of a coordinator that is a Ray actor: a thread beside its loop, which alone may touch its state."""
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from diloco_ray.coordination.messages import Contribution, Verdict
+from diloco_ray.coordinator.coordinator import Coordinator
+from diloco_ray.coordinator.job import CoordinatorJob
+from diloco_ray.errors import StoreError
+from diloco_ray.log.run_store import RunStore
+from diloco_ray.transport.post_office import PostOffice
+from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
+from diloco_ray.transport.tokens import KeyRing
+
+DOOR_TIMEOUT_S = 90.0  # over the coordinator's own time-outs
+LARGE_LETTERS_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Mail:
+    """How islands from outside may reach a coordinator. config: the recipe as it is driven now, plain."""
+
+    secret: str = field(repr=False)
+    poll_s: float
+    config: Mapping[str, Any]
+
+
+class OfficeThread:
+    """Turns the office until the process ends. actor: its doors are coroutines; loop: theirs."""
+
+    def __init__(self, store: RunStore, job: CoordinatorJob, mail: Mail, coordinator: Coordinator, actor: Any):
+        self._coordinator, self._mail = coordinator, mail
+        self._office = PostOffice(
+            store,
+            _DoorsOfALoop(actor, coordinator, asyncio.get_running_loop()),
+            KeyRing(store, job.rules.run_id, mail.secret),
+            run_id=job.rules.run_id,
+            fence_epoch=coordinator.fence_epoch,
+            max_payload_bytes=max(job.rules.payload_bytes),
+            note=coordinator.report.note,
+            beside=ThreadPoolExecutor(LARGE_LETTERS_AT_ONCE, thread_name_prefix="letters"),
+        )
+        self._waiting = threading.Event()
+        threading.Thread(target=self._keep, name="office", daemon=True).start()
+
+    def _keep(self) -> None:
+        pause_s, told = self._mail.poll_s / 10, ""
+        while not (self._coordinator.is_fenced or self._waiting.wait(pause_s)):
+            phase, reason = self._coordinator.state.phase, self._coordinator.state.reason
+            try:
+                if phase != told and (not told or phase in ("succeeded", "failed")):
+                    self._office.put_up_notice(self._mail.config, phase, reason)
+                    told = phase
+                was_busy = self._office.turn()
+            except StoreError as error:
+                self._coordinator.report.note(f"the mail waits: {error.what}")
+                was_busy = False
+            pause_s = self._mail.poll_s / 10 if was_busy else min(self._mail.poll_s, 1.5 * pause_s)
+
+
+class _DoorsOfALoop:
+    """Doors that are opened on the loop's thread, whoever knocks."""
+
+    def __init__(self, actor: Any, coordinator: Coordinator, loop: asyncio.AbstractEventLoop):
+        self._actor, self._coordinator, self._loop = actor, coordinator, loop
+
+    def join(self, hello: Hello) -> Welcome:
+        return self._knock(self._actor.join, hello)
+
+    def beat(self, beat: Beat) -> Order:
+        return self._knock(self._actor.beat, beat)
+
+    def submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
+        return self._knock(self._actor.submit, contribution, payload)
+
+    def news(self, island: str, incarnation: int, after: int, held: str) -> News | None:
+        return self._knock(self._coordinator.news, island, incarnation, after, held)
+
+    def snapshot(self, first: bool) -> SnapshotState:
+        return self._knock(self._actor.snapshot, first)
+
+    def leave(self, island: str, incarnation: int, reason: str) -> None:
+        self._knock(self._actor.leave, island, incarnation, reason)
+
+    def measured(self) -> set[int]:
+        return self._knock(self._actor.measured)
+
+    def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None:
+        self._knock(self._actor.evaluated, index, round, metrics, sample)
+
+    def _knock(self, door: Callable[..., Any], *arguments: Any) -> Any:
+        async def opened() -> Any:
+            answer = door(*arguments)
+            return await answer if inspect.isawaitable(answer) else answer
+
+        return asyncio.run_coroutine_threadsafe(opened(), self._loop).result(DOOR_TIMEOUT_S)

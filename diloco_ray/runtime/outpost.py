@@ -1,0 +1,143 @@
+"""An island that is a Ray cluster of its own: it shares the run store with the coordinator, and nothing else.
+
+Keeps one island's process there, as the driver does for those of its own cluster, until the run is over.
+"""
+
+import contextlib
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import ray
+from ray import exceptions
+
+from diloco_ray.document import replica_of
+from diloco_ray.errors import ClusterError, DiLoCoError
+from diloco_ray.observe.status import read_status
+from diloco_ray.run import Run
+from diloco_ray.runtime.cluster import actor_options, describe_shortage, num_placeable
+from diloco_ray.runtime.driver import POLL_S, raise_if_hopeless, reason_of
+from diloco_ray.runtime.island_actor import OVER, IslandActor
+from diloco_ray.transport.letters import Token
+from diloco_ray.transport.run_store import RunStoreTransport
+
+TOLD_EVERY_S = 10.0  # a line on how the run stands
+FAREWELL_S = 30.0  # for an island that has been told to go
+
+
+def join_on_ray(run: Run, token: Token, tell: Callable[[str], None]) -> str:
+    """Trains until the run is over, or this process is interrupted; returns which.
+
+    An island that dies is started again, and goes on from its own checkpoint with the data that it had. ClusterError
+    where it dies too often; errors that a restart would meet again as they are.
+    """
+    _wait_for_a_place(run, tell)
+    failures = 0
+    while True:
+        outpost = _Outpost(run, token)
+        try:
+            why = outpost.wait(_Teller(run, token.island, tell))
+            if why == OVER:
+                return why
+            tell(f"{token.island} left: {why}")
+        except KeyboardInterrupt:
+            outpost.send_home()
+            return "interrupted"
+        except exceptions.RayError as error:
+            raise_if_hopeless(error)
+            if isinstance(error, exceptions.RayTaskError) and isinstance(error.cause, DiLoCoError):
+                raise error.cause from error
+            failures += 1
+            if failures > run.config.cluster.max_island_failures:
+                raise ClusterError(
+                    f"{token.island} failed {failures} times, last: {reason_of(error)}",
+                    where=token.island,
+                    remedy="mend the cause; the same command joins again",
+                ) from error
+            tell(f"{token.island} died: {reason_of(error)}; it is started again")
+        finally:
+            outpost.close()
+
+
+def _wait_for_a_place(run: Run, tell: Callable[[str], None]) -> None:
+    cluster = run.config.cluster
+    until_s, is_told = time.monotonic() + cluster.placement_timeout_s, False
+    while not num_placeable(cluster):
+        shortage = describe_shortage(cluster, 1)
+        if time.monotonic() > until_s:
+            remedy = "give this cluster more, or this island less: `--resource`"
+            raise ClusterError(
+                f"{shortage} after {cluster.placement_timeout_s:g} s", where="this cluster", remedy=remedy
+            )
+        if not is_told:
+            tell(f"{shortage}; waiting up to {cluster.placement_timeout_s:g} s")
+            is_told = True
+        time.sleep(POLL_S)
+
+
+def connect(run: Run, token: Token, process: str) -> RunStoreTransport:
+    """The line of one process of an island."""
+    return RunStoreTransport(
+        run.store,
+        run.run_id,
+        token,
+        process,
+        poll_s=run.config.sync.poll_s,
+        deadline_s=run.config.sync.coordinator_timeout_s,
+        new_replica=partial(replica_of, run.document),
+    )
+
+
+class _Outpost:
+    """One process of the island."""
+
+    def __init__(self, run: Run, token: Token):
+        cluster, process = run.config.cluster, uuid.uuid4().hex
+        self._actor: Any = IslandActor.options(
+            **actor_options(cluster.island_resources, cluster.label_selector)
+        ).remote()
+        self._pid: int = ray.get(self._actor.pid.remote(), timeout=cluster.placement_timeout_s)
+        line = partial(connect, run, token, process)
+        self._life: Any = self._actor.live.remote(run.island_job(), token.island, process, line, run.config.sync)
+
+    def wait(self, tell: Callable[[], None]) -> str:
+        """Why it ended; raises what ended it."""
+        while not ray.wait([self._life], timeout=1.0)[0]:
+            tell()
+        return ray.get(self._life, timeout=POLL_S)
+
+    def send_home(self) -> None:
+        """As a machine's notice would: what is done is sent, work in hand is given back."""
+        with contextlib.suppress(ProcessLookupError, exceptions.RayError):
+            os.kill(self._pid, signal.SIGTERM)
+            ray.get(self._life, timeout=FAREWELL_S)
+
+    def close(self) -> None:
+        ray.kill(self._actor, no_restart=True)
+        self._actor = self._life = None
+
+
+class _Teller:
+    """A line now and then, from what the coordinator writes for everybody."""
+
+    def __init__(self, run: Run, island: str, tell: Callable[[str], None]):
+        self._run, self._island, self._tell = run, island, tell
+        self._due_s = time.monotonic()
+        self._last = ""
+
+    def __call__(self) -> None:
+        if time.monotonic() < self._due_s:
+            return
+        self._due_s = time.monotonic() + TOLD_EVERY_S
+        with contextlib.suppress(DiLoCoError):
+            status = read_status(self._run.store)
+            states = {island["name"]: island["state"] for island in status["islands"]}
+            alive, mine = sum(state == "alive" for state in states.values()), states.get(self._island, "not there")
+            line = f"round {status['rounds']}/{status['num_rounds']} | {self._island} {mine} | alive {alive}"
+            if line != self._last:
+                self._tell(line)
+            self._last = line
