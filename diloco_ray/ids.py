@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 PROTOCOL_VERSION = 1
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def new_run_id() -> str:
@@ -29,4 +30,4 @@ def sha256_hex(data: bytes | bytearray | memoryview) -> str:
 
 def canonical_json(body: Mapping[str, Any]) -> bytes:
     """One byte string per value: sorted keys, no spaces, UTF-8, no NaN. What is digested is always this."""
-    return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return _CANONICAL.encode(body).encode()

@@ -8,7 +8,7 @@ on every machine whatever the device and dtype of its model. It does not know wh
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -90,7 +90,8 @@ class Layout:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON: {"fragments": [{"index", "slots": [{"name", "shape", "offset", "num_values"}]}]}."""
-        return asdict(self)
+        slots = [[dict(vars(slot)) for slot in fragment.slots] for fragment in self.fragments]
+        return {"fragments": [{"index": f.index, "slots": mine} for f, mine in zip(self.fragments, slots)]}
 
     @staticmethod
     def from_dict(body: Mapping[str, Any]) -> "Layout":

@@ -43,7 +43,7 @@ def encode_outer_gradient_(
     Q(e) has then left the residual whether it arrives or not: after a refusal the caller puts the former e back.
     """
     num_values = base.numel()
-    delta, decoded = torch.empty(2, min(num_values, CHUNK_VALUES))
+    delta, decoded = torch.empty(2, min(num_values, CHUNK_VALUES)).unbind()
     squared_norm = squared_sum = squared_error = 0.0
     for start in range(0, num_values, CHUNK_VALUES):
         here = slice(start, min(start + CHUNK_VALUES, num_values))

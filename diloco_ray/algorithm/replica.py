@@ -133,7 +133,7 @@ class Replica:
         """One pass over chunks that stay in cache: write the payload if need be, decode, step, digest."""
         parameters, buffers = self._parameters[fragment], self._buffers[fragment]
         num_values, step = parameters.numel(), self.versions[fragment] + 1
-        g, scratch = torch.empty(2, min(CHUNK_VALUES, num_values))
+        g, scratch = torch.empty(2, min(CHUNK_VALUES, num_values)).unbind()
         parameters_hash, optimizer_hash = xxhash.xxh3_128(), xxhash.xxh3_128()
         for start in range(0, num_values, CHUNK_VALUES):
             here = slice(start, min(start + CHUNK_VALUES, num_values))

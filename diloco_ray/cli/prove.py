@@ -51,9 +51,7 @@ def chaos(
     kills_per_hour: Annotated[float, typer.Option(min=1, help="Faults of all kinds.")] = 600,
     minutes: Annotated[float, typer.Option(min=0.1, help="How long the storm rages.")] = 15,
     seed: Annotated[int, typer.Option(min=0, help="Of the storm; the recipe has its own.")] = 1,
-    as_json: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Where the report goes as JSON.")
-    ] = None,
+    as_json: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the report there.")] = None,
 ) -> None:
     """Storm a recipe's processes on a local Ray, and prove that the run withstood it.
 

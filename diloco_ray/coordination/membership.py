@@ -33,12 +33,13 @@ Members = Mapping[str, Member]
 
 def with_member(members: Members, member: Member) -> dict[str, Member]:
     """The members with this one put in, in island order."""
-    return dict(sorted({**members, member.name: member}.items()))
+    after = {**members, member.name: member}
+    return after if member.name in members else dict(sorted(after.items()))
 
 
 def names(members: Members, standing: Standing) -> tuple[str, ...]:
     """In island order."""
-    return tuple(name for name, member in members.items() if member.standing == standing)
+    return tuple([name for name, member in members.items() if member.standing == standing])
 
 
 def admit(known: Member, *, now_s: float, process: str, incarnation: int, pid: int, node: str) -> Member:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from diloco_ray.coordination import membership
 from diloco_ray.coordination.experiments import is_dropped
 from diloco_ray.coordination.messages import Command, End, InnerPlan, Note
-from diloco_ray.coordination.state import Key, RunState, ended, without
+from diloco_ray.coordination.state import Key, RunState, ended, updated, without
 
 Step = tuple[RunState, list[Command]]
 
@@ -39,7 +39,7 @@ def _open_round(state: RunState, now_s: float) -> Step:
     if state.opened == state.round and len(here) >= _least(state):
         idle = [name for name in idle if now_s - state.members[name].joined_s > rules.waiting_timeout_s]
     phase = "training" if state.phase == "gathering" else state.phase
-    state = replace(state, phase=phase, opened=state.round)
+    state = updated(state, phase=phase, opened=state.round)
     if not idle:
         return state, []
     return issue_plans(state, idle), [Note(f"round {state.round + 1}: {', '.join(idle)} at work")]
@@ -187,7 +187,7 @@ def watch_the_wait(state: RunState, now_s: float) -> Step:
         back = state.phase == "waiting" and num_alive >= rules.min_islands
         expected = membership.names(state.members, "expected")
         reason = f"waiting for {', '.join(expected)} to join" if expected else ""
-        state = replace(state, waiting_since_s=None, phase="training" if back else state.phase, reason=reason)
+        state = updated(state, waiting_since_s=None, phase="training" if back else state.phase, reason=reason)
         return state, [Note(f"{num_alive} islands alive again")] if back else []
     barred = membership.names(state.members, "quarantined")
     if rules.max_islands - len(barred) < rules.min_islands:

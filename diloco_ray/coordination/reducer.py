@@ -196,9 +196,8 @@ def _inspected(state: RunState, event: Inspected) -> Step:
     if verdict.status == "rejected":
         return _strike(state, c, verdict.reason)
     accepted = replace(held, norm=event.norm, accepted_s=event.now_s)
-    state = replace(state, inbox={**state.inbox, c.key: accepted})
-    state = replace(state, pace=state.pace.stepped(c.island, _step_s(state, c)))
-    return state, [Answer(c, verdict)]
+    inbox, pace = {**state.inbox, c.key: accepted}, state.pace.stepped(c.island, _step_s(state, c))
+    return replace(state, inbox=inbox, pace=pace), [Answer(c, verdict)]
 
 
 def _step_s(state: RunState, c: Contribution) -> float:

@@ -138,10 +138,10 @@ def _plans(state: RunState) -> list[InnerPlan]:
 
 def _grace_ends_s(state: RunState, fragment: int) -> float | None:
     """None: the quorum is not in, so the window has not begun."""
-    rules = state.rules
-    if rules.closes == "arrival":
+    rules, accepted = state.rules, state.accepted(fragment)
+    if rules.closes == "arrival" or not accepted:
         return None
-    times, quorum = _arrivals_s(state.accepted(fragment).values()), _quorum(state)
+    times, quorum = _arrivals_s(accepted.values()), _quorum(state)
     if rules.in_step:
         quorum = max(1, quorum - len(_silent(state, state.versions[fragment])))
     if len(times) < quorum:

@@ -1,8 +1,8 @@
 """The run as the coordinator knows it: one frozen value, changed only by `reduce`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 from diloco_ray.coordination.data_ledger import DataLedger, Lease
 from diloco_ray.coordination.membership import Member, Members, names
@@ -135,6 +135,11 @@ class RunState:
         if self.rules.in_step:
             return round == self.versions[fragment]
         return fragment != self.closing_fragment or all(plan.round >= round for plan in self.open_plans(island))
+
+
+def updated(state: RunState, **changes: Any) -> RunState:
+    """The very same state where nothing is different."""
+    return replace(state, **changes) if any(getattr(state, name) != new for name, new in changes.items()) else state
 
 
 def ended(state: RunState) -> bool:

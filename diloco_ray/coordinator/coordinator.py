@@ -269,7 +269,7 @@ class Coordinator:
         payload_sha256 = sha256_hex(payload.data)
         record = Record(
             index=parent.index + 1,
-            parent=parent.digest(),
+            parent=self._log.tail_digest,
             run_id=self._job.rules.run_id,
             fence_epoch=self.fence_epoch,
             kind="outer_step",
@@ -296,5 +296,5 @@ class Coordinator:
 
     def _save_snapshot(self) -> None:
         """Of the log's end by now: other fragments may have gone on since the round was closed."""
-        save_snapshot(self._store, self._log.tail.index, self._replica, self._log.tail.digest())
+        save_snapshot(self._store, self._log.tail.index, self._replica, self._log.tail_digest)
         prune_snapshots(self._store, self._job.keep_snapshots)

@@ -88,20 +88,21 @@ def _batches(
     split: TokenSplit, ranges: Sequence[Range], batch_size: int, sequence_length: int, seed: int, skip: int
 ) -> Iterator[torch.Tensor]:
     starts = np.cumsum([0, *(piece.stop - piece.start for piece in ranges)]).tolist()
+    numbers = [_numbers(split, piece, sequence_length, seed) for piece in ranges]
     for first in range(skip * batch_size, starts[-1], batch_size):
         last = min(first + batch_size, starts[-1])
         parts = [
-            _sequences(split, piece, max(first, start) - start, min(last, stop) - start, sequence_length, seed)
-            for piece, start, stop in zip(ranges, starts, starts[1:])
+            split.sequences(mine[max(first, start) - start : last - start], sequence_length, piece.shard)
+            for piece, mine, start, stop in zip(ranges, numbers, starts, starts[1:])
             if start < last and first < stop
         ]
         yield torch.from_numpy(np.concatenate(parts))
 
 
-def _sequences(split: TokenSplit, piece: Range, first: int, stop: int, sequence_length: int, seed: int) -> np.ndarray:
-    """(stop - first, T) int64: the range's sequences first .. stop - 1, counted from its start."""
+def _numbers(split: TokenSplit, piece: Range, sequence_length: int, seed: int) -> np.ndarray:
+    """(m,) int64: the range's sequences, in the order of its epoch."""
     order = epoch_order(split.num_sequences(sequence_length, piece.shard), seed, piece.epoch, piece.shard)
-    return split.sequences(order[piece.start + np.arange(first, stop)], sequence_length, piece.shard)
+    return order[np.arange(piece.start, piece.stop)]
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ the group's. Local files are mapped into memory; those elsewhere are copied once
 checked when it is first touched. This module does not know in which order sequences are trained on.
 """
 
+from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ class TokenSplit:
         self._entries = [manifest.files[path.name] for path in self._paths]
         self._dtype = np.dtype(manifest.dtype)
         sizes = [entry.num_bytes // self._dtype.itemsize for entry in self._entries]
-        self._starts = np.cumsum([0, *sizes])
+        self._starts: list[int] = np.cumsum([0, *sizes]).tolist()
         self._open: dict[int, np.ndarray] = {}
 
     def describe(self, shard: int) -> str:
@@ -87,10 +88,10 @@ class TokenSplit:
         return tokens_BT
 
     def _read(self, start: int, row: np.ndarray) -> None:
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        shard = bisect_right(self._starts, start) - 1
         filled = 0
         while filled < len(row):
-            first = start + filled - int(self._starts[shard])
+            first = start + filled - self._starts[shard]
             piece = self._shard(shard)[first : first + len(row) - filled]
             row[filled : filled + len(piece)] = piece
             filled += len(piece)

@@ -77,14 +77,13 @@ class IslandCheckpoints:
         return sorted(int(number) for number in numbers if number.isdigit())
 
     def delete(self, round: int) -> None:
-        self._delete(_path(round))
-        self._delete(_residuals_path(round))
+        self._delete(_path(round), _residuals_path(round))
 
-    def _delete(self, path: str) -> None:
+    def _delete(self, *paths: str) -> None:
         """The name first: tensors that nothing names are no checkpoint."""
-        self.store.delete(f"{path}.json")
-        for name in self.store.list(""):
-            if name.startswith(f"{path}-"):
+        names = self.store.list("")
+        for path in paths:
+            for name in (f"{path}.json", *(name for name in names if name.startswith(f"{path}-"))):
                 self.store.delete(name)
 
 

@@ -35,7 +35,7 @@ class InnerLoop:
         *,
         learning_rate: Callable[[int], float],
     ):
-        self._model, self._optimizer, self._settings = model, optimizer, settings
+        self._model, self._optimizer, self._settings = model.train(), optimizer, settings
         self._batches = iter(batches_BT)
         self._learning_rate = learning_rate
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -50,7 +50,6 @@ class InnerLoop:
 
     def __next__(self) -> int:
         inputs_BT = next(self._batches)
-        self._model.train()
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate(self.num_steps)
         accumulate = self._settings.accumulate

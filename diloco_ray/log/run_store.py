@@ -16,7 +16,7 @@ import threading
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from fsspec.asyn import AsyncFileSystem
@@ -118,8 +118,8 @@ class RunStore:
                 entries: list[str] = self._fs.ls(full, detail=False)
             except FileNotFoundError:
                 return []
-        below = PurePosixPath(full)
-        names = {PurePosixPath(entry).name for entry in entries if PurePosixPath(entry) != below}
+        below = full.strip("/")
+        names = {entry.strip("/").rsplit("/", 1)[-1] for entry in entries if entry.strip("/") != below}
         return sorted(name for name in names if not name.startswith(_HIDDEN))
 
     def sizes(self, folder: str) -> dict[str, int]:
@@ -130,7 +130,7 @@ class RunStore:
                 entries: list[dict[str, Any]] = self._fs.ls(full, detail=True)
             except FileNotFoundError:
                 return {}
-        files = {PurePosixPath(entry["name"]).name: entry for entry in entries if entry["type"] == "file"}
+        files = {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"}
         return {name: int(files[name]["size"] or 0) for name in sorted(files) if not name.startswith(_HIDDEN)}
 
     def delete(self, path: str) -> None:

@@ -10,7 +10,7 @@ sealed metadata. Nothing is ever unpickled.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -67,7 +67,7 @@ def save_snapshot(store: RunStore, index: int, replica: Replica, record_digest: 
         files[name] = sha256_hex(data)
     digests = tuple(replica.digest(fragment.index) for fragment in replica.layout.fragments)
     manifest = Manifest(index, record_digest, tuple(replica.versions), replica.layout.to_dict(), files, digests)
-    store.write(manifest_path(index), seal(asdict(manifest)))
+    store.write(manifest_path(index), seal({**vars(manifest), "digests": [vars(digest) for digest in digests]}))
 
 
 def list_snapshots(store: RunStore) -> list[int]:
@@ -200,7 +200,7 @@ def save_tensors(store: RunStore, path: str, tensors: Mapping[str, Tensor], meta
     folder, stem = PurePosixPath(path).parent, PurePosixPath(path).name
     file = f"{stem}-{sha256_hex(data)[:12]}.safetensors"
     store.write(str(folder / file), data)
-    store.write(f"{path}.json", seal(asdict(_Checkpoint(file, sha256_hex(data), meta))))
+    store.write(f"{path}.json", seal(vars(_Checkpoint(file, sha256_hex(data), meta))))
     for name in store.list("" if str(folder) == "." else str(folder)):
         if name != file and re.fullmatch(re.escape(stem) + r"-[0-9a-f]{12}\.safetensors", name):
             store.delete(str(folder / name))

@@ -27,7 +27,8 @@ from diloco_ray.ids import island_name
 from diloco_ray.run import Run
 from diloco_ray.runtime.cluster import actor_options, describe_shortage, num_placeable
 from diloco_ray.runtime.coordinator_actor import MAX_WAITING_CALLS, CoordinatorActor
-from diloco_ray.runtime.island_actor import PREEMPTED, EvaluatorActor, IslandActor
+from diloco_ray.runtime.island_actor import EvaluatorActor, IslandActor
+from diloco_ray.runtime.island_process import PREEMPTED
 from diloco_ray.runtime.office import Mail
 from diloco_ray.transport.ray_object_store import RayTransport
 

@@ -21,7 +21,8 @@ from diloco_ray.observe.status import read_status
 from diloco_ray.run import Run
 from diloco_ray.runtime.cluster import actor_options, describe_shortage, num_placeable
 from diloco_ray.runtime.driver import POLL_S, raise_if_hopeless, reason_of
-from diloco_ray.runtime.island_actor import OVER, IslandActor
+from diloco_ray.runtime.island_actor import IslandActor
+from diloco_ray.runtime.island_process import OVER
 from diloco_ray.transport.letters import Token
 from diloco_ray.transport.run_store import RunStoreTransport
 

@@ -16,12 +16,11 @@ from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination.data_ledger import DataLedger
 from diloco_ray.coordination.messages import Contribution, DataRange
 from diloco_ray.coordination.state import RunState
-from diloco_ray.document import replica_of
+from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.ids import sha256_hex
 from diloco_ray.log.record import Record
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import load_snapshot
-from diloco_ray.run import Run
 from diloco_ray.simulation.storage import IOCall
 from diloco_ray.transport.protocol import Bytes
 
@@ -33,11 +32,10 @@ class BrokenInvariantError(BaseException):
 class Audit:
     """begun: a store with the run's beginning in it."""
 
-    def __init__(self, run: Run, begun: RunStore):
-        job = run.coordinator_job()
+    def __init__(self, job: CoordinatorJob, begun: RunStore):
         self._rules, self._combine = job.rules, job.outer.combine_function
         self._uplink = get_codec(job.rules.uplink)
-        self._replica: Replica = replica_of(run.document)
+        self._replica = Replica(job.layout, job.outer.build(), get_codec(job.downlink))
         load_snapshot(begun, 0, self._replica)
         sizes = [fragment.num_values for fragment in job.layout.fragments]
         self._residuals = [torch.zeros(size) for size in sizes] if job.downlink_error_feedback else []

@@ -13,6 +13,7 @@ from diloco_ray.config import RunConfig
 from diloco_ray.data.prepare import prepare
 from diloco_ray.data.shards import TokenShards
 from diloco_ray.document import DOCUMENT, create, write_beginning
+from diloco_ray.island.job import IslandJob
 from diloco_ray.log.record import seal
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.run import Run
@@ -47,29 +48,32 @@ class Beginning:
         config = _config(recipe, folder)
         scratch = RunStore(f"memory://beginning-{next(_number)}/as-made")
         document = {**create(scratch, config, TokenShards.open(config.prepared_url)), "run_id": RUN_ID}
-        self.store = RunStore(scratch.url.removesuffix("as-made") + "run")
-        self.store.create(DOCUMENT, seal(document))
-        write_beginning(self.store, document, config, config.prepared_url)
-        self.run = Run(self.store, config, document, config.prepared_url)
+        store = RunStore(scratch.url.removesuffix("as-made") + "run")
+        store.create(DOCUMENT, seal(document))
+        write_beginning(store, document, config, config.prepared_url)
+        run = Run(store, config, document, config.prepared_url)
+        self.max_islands, self.speed_of = config.max_islands, run.speed_of
+        self.coordinator_job, self._island_job = run.coordinator_job(), run.island_job()
+        self._files = {path: store.read(path) for path in _files(store)}
+        forget(store)  # stories list their folders: what else lies in memory would only be in the way
 
     def copied_to(self, tap: Tap) -> TappedStore:
         """A store of its own for one story, with the beginning in it."""
         store = TappedStore(f"memory://story-{next(_number)}/run", tap)
-        for path in _files(self.store):
-            RunStore.write(store, path, self.store.read(path))
+        for path, data in self._files.items():
+            store.write(path, data)
         return store
 
-    def run_in(self, store: RunStore) -> Run:
-        config = self.run.config
-        inner = config.inner.model_copy(update={"checkpoints": store.url.removesuffix("/run") + "/checkpoints"})
-        return replace(self.run, store=store, config=config.model_copy(update={"inner": inner}))
+    def island_job(self, store: RunStore) -> IslandJob:
+        """With the islands' own checkpoints beside this store."""
+        return replace(self._island_job, checkpoints_url=store.url.removesuffix("/run") + "/checkpoints")
 
 
 def forget(store: RunStore) -> None:
-    """Everything that a story has stored."""
-    folder = store.url.removeprefix("memory:/").removesuffix("/run")
-    if MemoryFileSystem().exists(folder):
-        MemoryFileSystem().rm(folder, recursive=True)
+    """Everything that a beginning or a story has stored."""
+    folder, files = store.url.removeprefix("memory:/").removesuffix("/run"), MemoryFileSystem.store
+    for path in [path for path in files if path.startswith(f"{folder}/")]:
+        del files[path]
 
 
 def _files(store: RunStore, folder: str = "") -> list[str]:

@@ -8,7 +8,7 @@ import heapq
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from functools import partial
 
 from greenlet import getcurrent, greenlet
 
@@ -25,11 +25,10 @@ class Hub:
 
     def __init__(self, rng: random.Random):
         self.now_s, self.rng = 0.0, rng
-        self.num_moments = 0
         self.after_each: Callable[[], None] = lambda: None
         self._coming: list[tuple[float, int, Callable[[], None]]] = []
         self._num_calls = 0
-        self._green = getcurrent()
+        self.green = getcurrent()
 
     def call_later(self, delay_s: float, act: Callable[[], None]) -> None:
         self._num_calls += 1
@@ -43,7 +42,6 @@ class Hub:
                 return
             self.now_s = max(self.now_s, when_s)
             act()
-            self.num_moments += 1
             self.after_each()
 
     def pause(self, seconds: float | None = None) -> None:
@@ -55,20 +53,18 @@ class Hub:
         task.turn += 1
         if seconds is not None:
             self.wake(task, seconds)
-        self._green.switch()
+        self.green.switch()
         if not task.process.is_alive:
             raise KilledError
 
     def wake(self, task: "Task", delay_s: float = 0.0) -> None:
         """Goes on with a thread, unless something else has done so before."""
-        turn = task.turn
-        self.call_later(delay_s, lambda: task.go_on(turn))
+        self.call_later(delay_s, partial(task.go_on, task.turn))
 
     @property
     def running(self) -> "Task | None":
         """None outside of threads, and in threads of the operating system."""
-        current = getcurrent()
-        return current.task if isinstance(current, _Green) else None
+        return getattr(getcurrent(), "task", None)
 
 
 class _Green(greenlet):
@@ -80,7 +76,7 @@ class Task:
 
     def __init__(self, process: "Process", name: str, work: Callable[[], None]):
         self.process, self.name, self.turn = process, name, 0
-        self._green = _Green(lambda: self._live(work), parent=getcurrent())
+        self._green = _Green(partial(self._live, work), parent=process.hub.green)
         self._green.task = self
 
     def _live(self, work: Callable[[], None]) -> None:
@@ -94,7 +90,7 @@ class Task:
         if self.process.is_frozen:
             self.process.held_back.append((self, turn))
             return
-        self._switch(self._green.switch)
+        self._green.switch()
 
     def end(self) -> None:
         if self._green.dead:
@@ -102,12 +98,8 @@ class Task:
         if not self._green:  # never begun
             self.process.tasks.remove(self)
             return
-        self._switch(lambda: self._green.throw(KilledError))
-
-    def _switch(self, how: Callable[[], Any]) -> None:
-        """It gives back to whoever goes on with it: the hub, or a thread that kills processes."""
-        self._green.parent = getcurrent()
-        how()
+        self._green.parent = getcurrent()  # it gives back to whoever kills its process, not to the hub
+        self._green.throw(KilledError)
 
 
 class Process:

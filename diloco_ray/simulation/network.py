@@ -12,12 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from diloco_ray.errors import DeadlineError
 from diloco_ray.simulation.green import Hub, Process, Task
-from diloco_ray.transport.calls import CallingTransport
+from diloco_ray.transport.calls import WITH_TENSORS, CallingTransport
 from diloco_ray.transport.protocol import News, SnapshotState
 
 CALL_S = 6.0  # the first attempt, as a carrier makes it; a deadline holds several
 PAUSE_S = 0.5
-CARRIERS = ("submit", "follow", "snapshot")  # of tensors: a slow line may need longer than the first attempt
 
 
 class NetworkSettings(BaseModel):
@@ -128,7 +127,7 @@ class Line(CallingTransport):
             answered, answer = self._network.ask(self._process, method, arguments, attempt_s + wait_s)
             if answered:
                 return answer
-            attempt_s *= 2 if method in CARRIERS else 1
+            attempt_s *= 2 if method in WITH_TENSORS else 1
             if hub.now_s > until_s:
                 raise DeadlineError(f"the coordinator did not answer '{method}' for {self._deadline_s:g} s")
             hub.pause(PAUSE_S)

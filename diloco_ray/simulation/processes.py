@@ -28,7 +28,7 @@ from diloco_ray.transport.protocol import Bytes, News
 TICK_S = 0.5
 FOLLOW_S = 10.0
 VERDICT_TIMEOUT_S = 5.0  # under one attempt of a caller
-STEP_S = 1.0  # one inner step
+STEP_S = 1.5  # one inner step
 HOUR_S = 3600.0  # by so much at most an island's clock is ahead or behind
 
 Tamper = Callable[[Contribution, Bytes], list[tuple[Contribution, Bytes]]]
@@ -99,12 +99,15 @@ class CoordinatorLife:
             self._do(lambda c: c.tick())
 
     def _do(self, what: Callable[[Coordinator], Any]) -> Any:
-        """In the loop: nothing comes between."""
-        assert self.coordinator is not None
-        with self.process.undisturbed():
-            answer = what(self.coordinator)
+        """In the loop: nothing comes between; those who wait are told."""
+        answer = self._undisturbed(what)
         self._tell()
         return answer
+
+    def _undisturbed(self, what: Callable[[Coordinator], Any]) -> Any:
+        assert self.coordinator is not None
+        with self.process.undisturbed():
+            return what(self.coordinator)
 
     def _tell(self) -> None:
         with self._changed:
@@ -121,6 +124,8 @@ class CoordinatorLife:
                 return self._news(*arguments)
             case "snapshot":
                 return self.coordinator.snapshot(*arguments)
+            case "beat":  # whoever waits is told of what it changes with the next tick
+                return self._undisturbed(lambda c: c.beat(*arguments))
             case _:
                 return self._do(lambda c: getattr(c, method)(*arguments))
 
@@ -138,9 +143,7 @@ class CoordinatorLife:
     def _news(self, island: str, incarnation: int, after: int, wait_s: float, held: str) -> News:
         until_s = self._hub.now_s + wait_s
         while True:
-            assert self.coordinator is not None
-            with self.process.undisturbed():
-                news = self.coordinator.news(island, incarnation, after, held)
+            news: News | None = self._undisturbed(lambda c: c.news(island, incarnation, after, held))
             for record, _ in news.records if news else ():
                 self._audit.announced(record.index)
             if news or self._hub.now_s >= until_s:

@@ -43,7 +43,14 @@ BASE: dict[str, Any] = {
     "rounds": 5,
     "data": {"tokenizer": "bytes", "sequence_length": 8},
     "model": {"factory": "diloco_ray.simulation.toy:build"},
-    "inner": {"steps_per_round": 3, "batch_size": 2, "learning_rate": 0.02, "warmup_steps": 0, "threads": 1},
+    "inner": {
+        "steps_per_round": 2,
+        "batch_size": 2,
+        "learning_rate": 0.02,
+        "warmup_steps": 0,
+        "threads": 1,
+        "checkpoint_every_rounds": 2,  # so that some come back to one that is older than their round
+    },
     "sync": {
         "grace_s": 20.0,
         "heartbeat_every_s": 2.0,

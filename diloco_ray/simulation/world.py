@@ -8,12 +8,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diloco_ray.coordination.state import ended
+from diloco_ray.coordination.state import RunState, ended
 from diloco_ray.document import replica_of
 from diloco_ray.ids import island_name, sha256_hex
-from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.verify import verify
-from diloco_ray.run import Run
 from diloco_ray.simulation.audit import Audit, BrokenInvariantError
 from diloco_ray.simulation.beginning import Beginning, forget
 from diloco_ray.simulation.faults import Faults
@@ -51,12 +49,13 @@ class World:
     def __init__(self, scenario: Scenario, beginning: Beginning, seed: int, which: Sequence[int] | None = None):
         """which: numbers of the faults that happen; all, if not given."""
         self._scenario, self._seed = scenario, seed
-        drawn = scenario.chance.draw(random.Random(f"faults {seed}"), beginning.run.config.max_islands)
+        drawn = scenario.chance.draw(random.Random(f"faults {seed}"), beginning.max_islands)
         self.hub = Hub(random.Random(f"world {seed}"))
         self._faults = Faults(self, of_these([*scenario.faults, *drawn], which))
-        self._run: Run = beginning.run_in(beginning.copied_to(self._faults.tap))
-        self._coordinator_job, self._island_job = self._run.coordinator_job(), self._run.island_job()
-        self.audit = Audit(self._run, beginning.store)
+        self._store = beginning.copied_to(self._faults.tap)
+        self._coordinator_job, self._island_job = beginning.coordinator_job, beginning.island_job(self._store)
+        self._speed_of = beginning.speed_of
+        self.audit = Audit(self._coordinator_job, self._store)
         self.network = Network(self.hub, scenario.network, lambda: self.coordinator)
         self.coordinator: CoordinatorLife | None = None
         self.coordinators: list[CoordinatorLife] = []  # all that were ever started
@@ -64,9 +63,10 @@ class World:
         self.usurped: list[IslandLife] = []
         self.trace: list[str] = []
         self._num_told = 0
+        self._seen: RunState | None = None
         self._num_processes = self._num_commands = 0
         self.outcome = ""
-        self._names = [island_name(number) for number in range(self._run.config.max_islands)]
+        self._names = [island_name(number) for number in range(beginning.max_islands)]
         self.hub.after_each = self._look
 
     # ---- a story ----
@@ -80,7 +80,7 @@ class World:
             self.audit.require(bool(self.outcome), "I11", f"not over after {self.hub.now_s:.0f} s: {self._waits()}")
             self._prove()
             self.hub.run(self.hub.now_s + ISLANDS_END_S, lambda: not self._at_work())
-            self.audit.require(not self._at_work(), "I11", f"over, and {self._at_work()} goes on")
+            self.audit.require(not self._at_work(), "I11", f"over, and {', '.join(self._at_work())} goes on")
         except BrokenInvariantError as error:
             problem = str(error)
         except Exception as error:  # the product must not raise, whatever happened to it
@@ -88,7 +88,7 @@ class World:
             self.tell("world", problem)
         finally:
             self._end_all()
-            forget(self._run.store)
+            forget(self._store)
         return Story(
             self._seed,
             tuple(self._faults.all),
@@ -110,8 +110,10 @@ class World:
         coordinator = life.coordinator if life else None
         if life is None or coordinator is None:
             return
-        if not life.is_fenced:
-            self.audit.looked_at(coordinator.state, coordinator.fence_epoch)
+        state = coordinator.state
+        is_news, self._seen = state is not self._seen, state  # a state never changes: one look at each is enough
+        if is_news and not life.is_fenced:
+            self.audit.looked_at(state, coordinator.fence_epoch)
         events = coordinator.report.own_events
         while self._num_told < len(events):
             event = events[self._num_told]
@@ -120,9 +122,10 @@ class World:
                 self.tell("coordinator", text)
             elif event["event"] in ("outer_step", "round"):
                 self.tell("coordinator", f"{event['event']} {event.get('outer_step', event.get('round'))}")
-        self._faults.rounds_done(coordinator.state.round)
-        if ended(coordinator.state) and life.process.is_alive and not self.outcome:
-            self._over(life, coordinator.state.phase, coordinator.state.reason, coordinator.error is not None)
+        if is_news:
+            self._faults.rounds_done(state.round)
+        if ended(state) and life.process.is_alive and not self.outcome:
+            self._over(life, state.phase, state.reason, coordinator.error is not None)
 
     def _over(self, life: CoordinatorLife, phase: str, reason: str, by_error: bool) -> None:
         if not by_error:
@@ -139,10 +142,10 @@ class World:
             life.process.on_end = lambda reason: None
             life.process.kill("ended")
 
-    def _at_work(self) -> str:
+    def _at_work(self) -> list[str]:
         """Islands whose process lives, and is not stopped."""
-        lives = [life for life in self.islands.values() if life.process.is_alive and not life.process.is_frozen]
-        return ", ".join(life.name for life in lives)
+        lives = self.islands.values()
+        return [life.name for life in lives if life.process.is_alive and not life.process.is_frozen]
 
     def _waits(self) -> str:
         life = self.coordinator
@@ -154,7 +157,7 @@ class World:
     def _prove(self) -> None:
         may_fail = self._scenario.may_fail and self.outcome.startswith("failed")
         self.audit.require(self.outcome == "succeeded" or may_fail, "I16", self.outcome)
-        report = verify(RunStore(self._run.store.url), replica_of)
+        report = verify(self._store, replica_of)
         self.audit.require(report.ok, "verify", "; ".join(report.problems[:3]))
 
     # ---- processes ----
@@ -168,7 +171,7 @@ class World:
 
     def start_coordinator(self) -> None:
         self._num_processes += 1
-        life = CoordinatorLife(self.hub, self._num_processes, self._run.store, self._coordinator_job, self.audit)
+        life = CoordinatorLife(self.hub, self._num_processes, self._store, self._coordinator_job, self.audit)
         self.coordinators.append(life)
         self.coordinator, self._num_told = life, 0
         self.tell("world", f"coordinator process {self._num_processes}")
@@ -191,7 +194,7 @@ class World:
             self.hub.call_later(away_s, lambda: self.start_island(name))
             return
         self._num_processes += 1
-        speed = self._faults.slowness.get(name, 1.0) * self._run.speed_of(self._names.index(name))
+        speed = self._faults.slowness.get(name, 1.0) * self._speed_of(self._names.index(name))
         life = IslandLife(self.hub, self._island_job, name, self._num_processes, self.network, self.audit, speed)
         self.islands[name] = life
         self.tell("world", f"{name}: process {self._num_processes}")

@@ -7,6 +7,9 @@ from typing import Any
 from diloco_ray.coordination.messages import Contribution, Verdict
 from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
 
+# On a slow line these take longer than others: each attempt is given twice as long as the one before.
+WITH_TENSORS = ("submit", "follow", "snapshot")
+
 
 class CallingTransport(ABC):
     """The Transport's messages as calls of the coordinator's doors by their names."""

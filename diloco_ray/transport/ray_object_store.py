@@ -13,10 +13,9 @@ import ray
 from ray import exceptions
 
 from diloco_ray.errors import DeadlineError
-from diloco_ray.transport.calls import CallingTransport
+from diloco_ray.transport.calls import WITH_TENSORS, CallingTransport
 
 CALL_S = 60.0  # the first attempt; an answer that takes longer is asked for again
-CARRIERS = ("submit", "follow", "snapshot")  # of tensors: on a slow line each attempt is given twice as long as before
 PAUSE_S = 0.2
 NO_ROOM = (exceptions.ObjectStoreFullError, exceptions.OutOfDiskError)
 
@@ -37,7 +36,7 @@ class RayTransport(CallingTransport):
             try:
                 return ray.get(getattr(self._coordinator, method).remote(*arguments), timeout=attempt_s + wait_s)
             except (*NO_ROOM, exceptions.RayActorError, exceptions.GetTimeoutError) as error:
-                if method in CARRIERS and isinstance(error, exceptions.GetTimeoutError):
+                if method in WITH_TENSORS and isinstance(error, exceptions.GetTimeoutError):
                     attempt_s *= 2
                 trouble, remedy = f"the coordinator did not answer '{method}'", "look at the coordinator's log"
                 if isinstance(error, NO_ROOM):

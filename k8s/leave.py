@@ -1,0 +1,50 @@
+"""The preStop hook of an island's pod: `python k8s/leave.py SECONDS`.
+
+Kubernetes sends SIGTERM to the first process of a container only. `ray start` of Ray 2.60 then drains its node by
+itself, if it is that process and not below a shell; older ones end everything at once. With this hook an island has
+its notice either way: nothing new is placed on the node, and its islands send what is done, give back the rest and
+leave. The hook returns when they have left, or when the seconds are over. It takes every island that it sees for one
+of this pod's.
+"""
+
+import subprocess
+import sys
+import time
+
+import psutil
+
+ISLAND = "ray::Island"  # how Ray titles the process of an island's actor
+
+
+def leave(seconds: float, title: str = ISLAND) -> bool:
+    """Drains this node and waits for the processes of that title; whether all have left in time."""
+    until = time.monotonic() + seconds
+    if _present(title):
+        command = ["ray", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        command += ["--reason-message", "its pod is told to end", "--deadline-remaining-seconds", str(int(seconds))]
+        try:
+            subprocess.run(command, timeout=seconds, check=True)
+        except (
+            OSError,
+            subprocess.SubprocessError,
+        ) as error:  # a head that is gone; SIGTERM is what islands know as well
+            print(f"the node was not drained: {error}", file=sys.stderr)
+            for process in _present(title):
+                process.terminate()
+    while _present(title):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _present(title: str) -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "status"])
+        if (process.info["cmdline"] or [""])[0].startswith(title) and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(0 if leave(float(sys.argv[1])) else 1)
