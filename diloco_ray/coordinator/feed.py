@@ -13,9 +13,7 @@ from diloco_ray.log.snapshot import list_snapshots, load_newest
 from diloco_ray.transport.protocol import Bytes, SnapshotState
 
 RECENT_BYTES = 512 * 1024**2  # payloads kept in memory; older ones are read from the store
-ANSWER_BYTES = (
-    64 * 1024**2
-)  # in one answer, but for its first record: a backlog is no reason for one that never arrives
+ANSWER_BYTES = 64 * 1024**2  # in one answer, but for its first record: no backlog makes one that never arrives
 
 
 class Feed:
