@@ -77,7 +77,9 @@ class ClusterSettings(Settings):
 
     address: str | None = Field(None, description="Ray cluster (default: the one around, else a local one)")
     island_resources: dict[str, Number] = Field({"CPU": 1}, description="Ray resources of one island")
-    label_selector: dict[str, str] = Field({}, description="labels of the nodes that may hold islands")
+    label_selector: dict[str, str] = Field(
+        {}, description="labels of the nodes that may hold an island; {island} is its name"
+    )
     external_islands: int = Field(
         0, ge=0, description="of the islands, how many are clusters of their own that `diloco-ray join` the run store"
     )

@@ -8,7 +8,7 @@ islands/                              the islands' own checkpoints
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,10 @@ class Run:
     def layout(self) -> Layout:
         return Layout.from_dict(self.document["layout"])
 
-    def coordinator_job(self, num_expected: int | None = None) -> CoordinatorJob:
-        """num_expected: islands that a first round waits for (default: the most there may be)."""
+    def coordinator_job(self, expected: Sequence[str] | None = None) -> CoordinatorJob:
+        """expected: islands that a first round waits for (default: all that there may be)."""
         config, sync, layout = self.config, self.config.sync, self.layout
         uplink = get_codec(sync.uplink)
-        expected = config.max_islands if num_expected is None else num_expected
         rules = Rules(
             run_id=self.run_id,
             num_rounds=config.rounds,
@@ -93,7 +92,7 @@ class Run:
             downlink_error_feedback=sync.downlink_error_feedback,
             shard_sizes=tuple(self.document["shard_sizes"]),
             sequence_length=config.data.sequence_length,
-            expected=tuple(island_name(number) for number in range(expected)),
+            expected=tuple(map(island_name, range(config.max_islands)) if expected is None else expected),
             join_timeout_s=sync.join_timeout_s,
             keep_snapshots=config.storage.keep_snapshots,
         )

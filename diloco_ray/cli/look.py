@@ -90,3 +90,24 @@ def evaluate(run: RunFolder, at: At = None) -> None:
     from diloco_ray import api
 
     print(f"validation loss {api.evaluate(run, at):.4f}")
+
+
+@app.command()
+def doctor(
+    storage: Annotated[str, typer.Option(help="Where runs are to lie.")] = "runs",
+    wan: Annotated[bool, typer.Option("--wan", help="Print what nodes of one stretched Ray cluster need.")] = False,
+) -> None:
+    """Look at this machine and its storage before a run. 1 where something is wrong; each finding has its remedy."""
+    from diloco_ray.doctor import WAN, examine
+
+    if wan:
+        for name, value in WAN.items():
+            print(f"export {name}={value}")
+        return
+    is_well = True
+    for finding in examine(storage):
+        print(f"{'ok  ' if not finding.remedy else 'BAD '} {finding.subject}: {finding.what}")
+        if finding.remedy:
+            is_well = False
+            print(f"       what to do: {finding.remedy}")
+    raise typer.Exit(not is_well)

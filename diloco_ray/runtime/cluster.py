@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ from ray._private.state import state as rays_state
 
 from diloco_ray.config import ClusterSettings
 from diloco_ray.errors import ClusterError
+
+OWN = "{island}"  # in a label's value: the island's own name
 
 
 @contextmanager
@@ -50,15 +52,27 @@ def connected(address: str | None, **local: Any) -> Iterator[None]:
             ray.shutdown()
 
 
-def num_placeable(settings: ClusterSettings) -> int:
-    """How many islands the nodes of this moment can hold, by their total resources and labels."""
-    return sum(_fits(node, settings) for node in ray.nodes() if node["Alive"])
+def selector_of(settings: ClusterSettings, island: str) -> dict[str, str]:
+    """The labels of the nodes that may hold this island: its own where the recipe says `{island}`."""
+    return {key: value.replace(OWN, island) for key, value in settings.label_selector.items()}
+
+
+def placeable(settings: ClusterSettings, islands: Sequence[str]) -> list[str]:
+    """Those of the islands that the nodes of this moment can hold, by their total resources and labels, in order."""
+    room = [(node, _fits(node, settings)) for node in ray.nodes() if node["Alive"]]
+    placed: list[str] = []
+    for island in islands:
+        selector = selector_of(settings, island)
+        for at, (node, places) in enumerate(room):
+            labels = node.get("Labels", {})
+            if places and all(labels.get(key) == value for key, value in selector.items()):
+                room[at] = (node, places - 1)
+                placed.append(island)
+                break
+    return placed
 
 
 def _fits(node: dict[str, Any], settings: ClusterSettings) -> int:
-    labels = node.get("Labels", {})
-    if any(labels.get(key) != value for key, value in settings.label_selector.items()):
-        return 0
     wanted = {name: amount for name, amount in settings.island_resources.items() if amount > 0}
     return min(int(node["Resources"].get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items())
 
@@ -72,9 +86,9 @@ def this_node_is_draining() -> bool:
     return ray.get_runtime_context().get_node_id() in draining()
 
 
-def describe_shortage(settings: ClusterSettings, least: int) -> str:
-    """What the cluster lacks for the least islands, in numbers."""
-    placeable = num_placeable(settings)
+def describe_shortage(settings: ClusterSettings, islands: Sequence[str], least: int) -> str:
+    """What the cluster lacks for the least of these islands, in numbers."""
+    placed = placeable(settings, islands)
     have = ray.cluster_resources()
     names = [name for name, amount in settings.island_resources.items() if amount > 0]
     parts = [
@@ -82,7 +96,9 @@ def describe_shortage(settings: ClusterSettings, least: int) -> str:
         for name in names
     ]
     labels = f" on nodes labelled {settings.label_selector}" if settings.label_selector else ""
-    return f"the cluster can place {placeable} of at least {least} islands{labels} ({'; '.join(parts)})"
+    if any(OWN in value for value in settings.label_selector.values()):
+        parts.append(f"no node for {', '.join(island for island in islands if island not in placed)}")
+    return f"the cluster can place {len(placed)} of at least {least} islands{labels} ({'; '.join(parts)})"
 
 
 def actor_options(resources: Mapping[str, float], label_selector: Mapping[str, str] | None = None) -> dict[str, Any]:

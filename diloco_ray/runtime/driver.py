@@ -6,7 +6,7 @@ with a deadline, for the coordinator to say that the run is over.
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from diloco_ray.errors import (
 )
 from diloco_ray.ids import island_name
 from diloco_ray.run import Run
-from diloco_ray.runtime.cluster import actor_options, describe_shortage, num_placeable
+from diloco_ray.runtime.cluster import actor_options, describe_shortage, placeable, selector_of
 from diloco_ray.runtime.coordinator_actor import MAX_WAITING_CALLS, CoordinatorActor
 from diloco_ray.runtime.island_actor import EvaluatorActor, IslandActor
 from diloco_ray.runtime.island_process import PREEMPTED
@@ -54,20 +54,21 @@ def train_on_ray(run: Run, watch: Watcher, secret: str = "") -> dict[str, Any]:
 
     secret: what the tokens of islands from outside are made of, where the recipe has such islands.
     """
-    _wait_for_places(run, watch)
-    driver = _Driver(run, watch, secret)
+    names = [island_name(number) for number in range(run.config.max_islands - run.config.cluster.external_islands)]
+    _wait_for_places(run, names, watch)
+    driver = _Driver(run, names, watch, secret)
     try:
         return driver.run_to_the_end()
     finally:
         driver.stop()
 
 
-def _wait_for_places(run: Run, watch: Watcher) -> None:
+def _wait_for_places(run: Run, names: Sequence[str], watch: Watcher) -> None:
     cluster, least = run.config.cluster, run.config.min_islands - run.config.cluster.external_islands
     until = time.monotonic() + cluster.placement_timeout_s
     told = False
-    while num_placeable(cluster) < least:
-        shortage = describe_shortage(cluster, least)
+    while len(placeable(cluster, names)) < least:
+        shortage = describe_shortage(cluster, names, least)
         if not told:
             watch({}, [{"event": "decision", "text": f"{shortage}; waiting up to {cluster.placement_timeout_s:g} s"}])
             told = True
@@ -81,16 +82,14 @@ def _wait_for_places(run: Run, watch: Watcher) -> None:
 
 
 class _Driver:
-    def __init__(self, run: Run, watch: Watcher, secret: str):
-        self._run, self._watch = run, watch
+    def __init__(self, run: Run, names: Sequence[str], watch: Watcher, secret: str):
+        self._run, self._names, self._watch = run, names, watch
         self._silence_s = run.config.sync.coordinator_timeout_s
         cluster, poll_s = run.config.cluster, run.config.sync.poll_s
-        self._names = [island_name(number) for number in range(run.config.max_islands - cluster.external_islands)]
-        expected = min(len(self._names), num_placeable(cluster))
         mail = Mail(secret, poll_s, run.config.model_dump(mode="json")) if cluster.external_islands else None
         name = f"coordinator-{run.run_id}-{uuid.uuid4().hex[:6]}"
         self._coordinator = CoordinatorActor.options(name=name, max_concurrency=MAX_WAITING_CALLS).remote(
-            run.store.url, run.coordinator_job(expected), mail
+            run.store.url, run.coordinator_job(placeable(cluster, names)), mail
         )
         self._seen = (0, 0)  # fence epoch, and how many of its events
         self._quarantined: set[str] = set()
@@ -125,7 +124,8 @@ class _Driver:
     def _start_island(self, name: str) -> None:
         process = uuid.uuid4().hex
         cluster = self._run.config.cluster
-        actor = IslandActor.options(**actor_options(cluster.island_resources, cluster.label_selector)).remote()
+        options = actor_options(cluster.island_resources, selector_of(cluster, name))
+        actor = IslandActor.options(**options).remote()
         speed, sync = self._run.speed_of(self._names.index(name)), self._run.config.sync
         connect = partial(RayTransport, self._coordinator, sync.coordinator_timeout_s)
         ref = actor.live.remote(self._run.island_job(), name, process, connect, sync, speed)

@@ -19,7 +19,7 @@ from diloco_ray.document import replica_of
 from diloco_ray.errors import ClusterError, DiLoCoError
 from diloco_ray.observe.status import read_status
 from diloco_ray.run import Run
-from diloco_ray.runtime.cluster import actor_options, describe_shortage, num_placeable
+from diloco_ray.runtime.cluster import actor_options, describe_shortage, placeable, selector_of
 from diloco_ray.runtime.driver import POLL_S, raise_if_hopeless, reason_of
 from diloco_ray.runtime.island_actor import IslandActor
 from diloco_ray.runtime.island_process import OVER
@@ -36,7 +36,7 @@ def join_on_ray(run: Run, token: Token, tell: Callable[[str], None]) -> str:
     An island that dies is started again, and goes on from its own checkpoint with the data that it had. ClusterError
     where it dies too often; errors that a restart would meet again as they are.
     """
-    _wait_for_a_place(run, tell)
+    _wait_for_a_place(run, token.island, tell)
     failures = 0
     while True:
         outpost = _Outpost(run, token)
@@ -64,11 +64,11 @@ def join_on_ray(run: Run, token: Token, tell: Callable[[str], None]) -> str:
             outpost.close()
 
 
-def _wait_for_a_place(run: Run, tell: Callable[[str], None]) -> None:
+def _wait_for_a_place(run: Run, island: str, tell: Callable[[str], None]) -> None:
     cluster = run.config.cluster
     until_s, is_told = time.monotonic() + cluster.placement_timeout_s, False
-    while not num_placeable(cluster):
-        shortage = describe_shortage(cluster, 1)
+    while not placeable(cluster, [island]):
+        shortage = describe_shortage(cluster, [island], 1)
         if time.monotonic() > until_s:
             remedy = "give this cluster more, or this island less: `--resource`"
             raise ClusterError(
@@ -99,7 +99,7 @@ class _Outpost:
     def __init__(self, run: Run, token: Token):
         cluster, process = run.config.cluster, uuid.uuid4().hex
         self._actor: Any = IslandActor.options(
-            **actor_options(cluster.island_resources, cluster.label_selector)
+            **actor_options(cluster.island_resources, selector_of(cluster, token.island))
         ).remote()
         self._pid: int = ray.get(self._actor.pid.remote(), timeout=cluster.placement_timeout_s)
         line = partial(connect, run, token, process)

@@ -149,15 +149,26 @@ def test_a_coordinator_on_a_frozen_node_is_fenced_when_ray_has_started_it_elsewh
     assert report.num_outer_steps == 30
 
 
-def test_islands_go_only_to_nodes_with_the_labels_that_the_recipe_names(cluster: Cluster, tiny: dict[str, Any]) -> None:
-    cluster.add_node(num_cpus=2, object_store_memory=NODE["object_store_memory"], labels={"zone": "eu-2"})
-    labels = {"island_resources": {"CPU": 1}, "label_selector": {"zone": "eu-2"}, "placement_timeout_s": 1}
-    none_such = {**tiny, "name": "nowhere", "islands": 2, "cluster": {**labels, "label_selector": {"zone": "us-1"}}}
-    with pytest.raises(ClusterError, match="zone"):
-        Watched(RunConfig.from_dict(none_such)).join()
+def test_islands_go_only_to_nodes_with_the_labels_that_the_recipe_names_and_each_to_its_own(
+    cluster: Cluster, tiny: dict[str, Any]
+) -> None:
+    for name in ("island-00", "island-01"):
+        add_node(cluster, labels={"zone": "eu-2", "site": name})
+    selector = {"zone": "eu-2", "site": "{island}"}
+    labels = {"island_resources": {"CPU": 1}, "label_selector": selector, "placement_timeout_s": 1}
+    for missing, body in {
+        "zone": {**tiny, "islands": 2, "cluster": {**labels, "label_selector": {"zone": "us-1"}}},
+        "no node for island-02": {**tiny, "islands": 3, "cluster": labels},
+    }.items():
+        with pytest.raises(ClusterError, match=missing):
+            Watched(RunConfig.from_dict({**body, "name": "nowhere"})).join()
     watched = Watched(RunConfig.from_dict({**tiny, "islands": 2, "cluster": labels}))
     watched.wait_until(lambda s: num_alive(s) == 2, "both islands are placed")
-    nodes = {a["NodeID"]: a["Labels"].get("zone") for a in ray.nodes()}
+    sites = {node["NodeID"]: node["Labels"].get("site") for node in ray.nodes()}
     islands = [a for a in all_actors().values() if a["ActorClassName"] == "IslandActor" and a["State"] == "ALIVE"]
-    assert [nodes[island["Address"]["NodeID"]] for island in islands] == ["eu-2", "eu-2"]
+    at = {island["Pid"]: sites[island["Address"]["NodeID"]] for island in islands}
+    assert {island["name"]: at[island["pid"]] for island in watched.status["islands"]} == {
+        "island-00": "island-00",
+        "island-01": "island-01",
+    }
     watched.join()
