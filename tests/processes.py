@@ -84,6 +84,15 @@ class Command:
                 self._process.wait(timeout=30)
 
 
+def wait_for(condition: Callable[[], bool], what: str, command: Command) -> None:
+    """Until it holds, while the command runs."""
+    until = time.monotonic() + DEADLINE_S
+    while not condition():
+        command.check()
+        assert time.monotonic() < until, what
+        time.sleep(0.2)
+
+
 class Train(Command):
     """`diloco-ray train RECIPE`, running."""
 

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 class HeadNode:
     """`ray start --head` on a port of its own, with all that it has started."""
 
-    def __init__(self, port: int, folder: Path):
+    def __init__(self, port: int, folder: Path, more: Sequence[str]):
         self.address = f"127.0.0.1:{port}"
-        options = [f"--port={port}", "--num-cpus=2", f"--temp-dir={folder}", "--include-dashboard=false"]
+        options = [f"--port={port}", "--num-cpus=2", f"--temp-dir={folder}", "--include-dashboard=false", *more]
         ray = str(Path(sys.executable).with_name("ray"))
         self._process = subprocess.Popen(
             [ray, "start", "--head", "--block", "--disable-usage-stats", *options],
@@ -59,9 +59,9 @@ class HeadNode:
 
 
 @contextmanager
-def head_node(port: int) -> Iterator[HeadNode]:
+def head_node(port: int, *options: str) -> Iterator[HeadNode]:
     folder = Path(f"/tmp/dr{port}")  # short, because sockets' paths must be
-    head = HeadNode(port, folder)
+    head = HeadNode(port, folder, options)
     try:
         yield head
     finally:

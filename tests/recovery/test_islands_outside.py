@@ -4,9 +4,8 @@ Real processes, a real S3 protocol, as many local Rays as there are commands.
 """
 
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from diloco_ray.log.run_log import RunLog, numbered
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.verify import verify
 from diloco_ray.observe.events import of_kind, read_events
-from tests.processes import CLI, DEADLINE_S, Command, assert_whole, uninterrupted, write_recipe
+from tests.processes import CLI, Command, assert_whole, uninterrupted, wait_for, write_recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +44,7 @@ class Bucket:
 
     def island(self, name: str) -> Command:
         """Of a home of its own: what it saves is on no other island's machine."""
-        self.wait_until(lambda: self.store.exists("run.json"), "the run has begun")
+        wait_for(lambda: self.store.exists("run.json"), "the run has begun", self._commands[-1])
         home = self._folder / name
         home.mkdir(exist_ok=True)
         token = create_token(self.url, name)
@@ -56,15 +55,9 @@ class Bucket:
         self._commands.append(Command(arguments, self._folder / f"{name}.log", **environment))
         return self._commands[-1]
 
-    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
-        until = time.monotonic() + DEADLINE_S
-        while not condition():
-            assert time.monotonic() < until, what
-            self._commands[0].check()
-            time.sleep(0.2)
-
     def wait_for_outer_steps(self, least: int) -> None:
-        self.wait_until(lambda: max(numbered(self.store, "log"), default=0) >= least, f"{least} outer steps")
+        is_there = f"{least} outer steps"
+        wait_for(lambda: max(numbered(self.store, "log"), default=0) >= least, is_there, self._commands[0])
 
     def joined(self) -> list[str]:
         return [e["text"] for e in of_kind(read_events(self.store), "decision") if "joined" in e["text"]]
