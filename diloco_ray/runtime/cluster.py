@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from ray._private.state import state as rays_state
 from diloco_ray.config import ClusterSettings
 from diloco_ray.errors import ClusterError
 
+LISTENS_WITHIN_S = 10.0
 OWN = "{island}"  # in a label's value: the island's own name
 
 
@@ -29,6 +31,7 @@ def connected(address: str | None, **local: Any) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as scratch:
         try:
             if address and address != "local":
+                _check_that_it_listens(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 # A bare init would follow a stale cluster file; the path is short because sockets' paths must be.
@@ -40,7 +43,7 @@ def connected(address: str | None, **local: Any) -> Iterator[None]:
                     _temp_dir=scratch,
                     **local,
                 )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 f"no Ray cluster answers: {error}",
                 where=address or "local",
@@ -50,6 +53,13 @@ def connected(address: str | None, **local: Any) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def _check_that_it_listens(address: str) -> None:
+    """Ray itself would try a wrong address for minutes. OSError where nobody listens; names that Ray resolves pass."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENS_WITHIN_S).close()
 
 
 def selector_of(settings: ClusterSettings, island: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ import fsspec
 import pytest
 
 from diloco_ray.api import create_token
+from diloco_ray.config import RunConfig
 from diloco_ray.document import replica_of
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.verify import verify
@@ -53,7 +54,7 @@ def test_the_coordinator_and_the_island_of_the_local_overlays_train_the_quicksta
         coordinator.stop()
     report = verify(store, replica_of)
     assert report.problems == ()
-    assert report.num_outer_steps == 20
+    assert report.num_outer_steps == RunConfig.from_yaml(ROOT / "jobs" / "quickstart.yaml").rounds
 
 
 def test_the_command_of_the_single_cluster_places_its_islands_on_the_nodes_with_their_label(
