@@ -38,8 +38,9 @@ class IslandActor:
     def __init__(self) -> None:
         self._lives = _lives()
 
-    def pid(self) -> int:
-        return os.getpid()
+    def place(self) -> tuple[str, int]:
+        """Ray's id of its node, and its process there."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
 
     def live(self, *arguments: Any) -> str:
         """As `island_process.live_as_island`."""

@@ -37,6 +37,7 @@ def join_on_ray(run: Run, token: Token, tell: Callable[[str], None]) -> str:
     where it dies too often; errors that a restart would meet again as they are.
     """
     _wait_for_a_place(run, token.island, tell)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` means the same as Ctrl-C
     failures = 0
     while True:
         outpost = _Outpost(run, token)
@@ -101,7 +102,7 @@ class _Outpost:
         self._actor: Any = IslandActor.options(
             **actor_options(cluster.island_resources, selector_of(cluster, token.island))
         ).remote()
-        self._pid: int = ray.get(self._actor.pid.remote(), timeout=cluster.placement_timeout_s)
+        self._node, self._pid = ray.get(self._actor.place.remote(), timeout=cluster.placement_timeout_s)
         line = partial(connect, run, token, process)
         self._life: Any = self._actor.live.remote(run.island_job(), token.island, process, line, run.config.sync)
 
@@ -112,7 +113,10 @@ class _Outpost:
         return ray.get(self._life, timeout=POLL_S)
 
     def send_home(self) -> None:
-        """As a machine's notice would: what is done is sent, work in hand is given back."""
+        """As a machine's notice would: what is done is sent, work in hand is given back. Only on this very node: there
+        is no other way to tell a process that is busy."""
+        if self._node != ray.get_runtime_context().get_node_id():
+            return
         with contextlib.suppress(ProcessLookupError, exceptions.RayError):
             os.kill(self._pid, signal.SIGTERM)
             ray.get(self._life, timeout=FAREWELL_S)
