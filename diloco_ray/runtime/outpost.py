@@ -6,6 +6,7 @@ Keeps one island's process there, as the driver does for those of its own cluste
 import contextlib
 import os
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -37,7 +38,8 @@ def join_on_ray(run: Run, token: Token, tell: Callable[[str], None]) -> str:
     where it dies too often; errors that a restart would meet again as they are.
     """
     _wait_for_a_place(run, token.island, tell)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` means the same as Ctrl-C
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` means the same as Ctrl-C
     failures = 0
     while True:
         outpost = _Outpost(run, token)
