@@ -47,6 +47,9 @@ class Codec(Protocol):
     block's scale, which costs 1/256 of scaling its values. start is a multiple of BLOCK_VALUES, and so is m except at
     the vector's end. encode_ leaves `values` as they were. Encoding decoded values gives the same bytes again. A value
     that is not finite decodes to one (or, in a block, to many) that is not finite.
+
+    sections are the views of the payload that hold the num_part values from start on, as bytes: laid end to end they
+    are the payload of these values alone.
     """
 
     @property
@@ -54,6 +57,7 @@ class Codec(Protocol):
     def num_bytes(self, num_values: int) -> int: ...
     def encode_(self, values: Tensor, payload: Tensor, start: int, num_values: int) -> None: ...
     def decode_(self, payload: Tensor, start: int, num_values: int, out: Tensor, factor: float = 1.0) -> None: ...
+    def sections(self, payload: Tensor, start: int, num_part: int, num_values: int) -> tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,9 @@ class FloatCodec:
         if factor != 1.0:
             out.mul_(factor)
 
+    def sections(self, payload: Tensor, start: int, num_part: int, num_values: int) -> tuple[Tensor, ...]:
+        return (payload[start * self.dtype.itemsize : (start + num_part) * self.dtype.itemsize],)
+
 
 @dataclass(frozen=True)
 class BlockCodec:
@@ -101,7 +108,7 @@ class BlockCodec:
         return _num_blocks(num_values) * (4 + self.num_bytes_per_block)
 
     def encode_(self, values: Tensor, payload: Tensor, start: int, num_values: int) -> None:
-        scales, codes = self._sections(payload, start, values.numel(), num_values)
+        scales, codes = self._scales_and_codes(payload, start, values.numel(), num_values)
         num_missing = -values.numel() % BLOCK_VALUES
         blocks = (pad(values, (0, num_missing)) if num_missing else values).view(-1, BLOCK_VALUES)
         scratch = torch.abs(blocks)
@@ -114,7 +121,7 @@ class BlockCodec:
         self.pack_(scratch.view(-1), codes)
 
     def decode_(self, payload: Tensor, start: int, num_values: int, out: Tensor, factor: float = 1.0) -> None:
-        scales, codes = self._sections(payload, start, out.numel(), num_values)
+        scales, codes = self._scales_and_codes(payload, start, out.numel(), num_values)
         num_missing = -out.numel() % BLOCK_VALUES
         decoded = out.new_empty(out.numel() + num_missing) if num_missing else out
         self.unpack_(codes, decoded)
@@ -122,14 +129,18 @@ class BlockCodec:
         if num_missing:
             out.copy_(decoded[: out.numel()])
 
-    def _sections(self, payload: Tensor, start: int, num_chunk: int, num_values: int) -> tuple[Tensor, Tensor]:
-        """The scales (float32, one a block) and the codes (uint8) of one chunk: views into the payload."""
-        if start % BLOCK_VALUES or (num_chunk % BLOCK_VALUES and start + num_chunk != num_values):
-            raise ValueError(f"values {start}..{start + num_chunk} of {num_values} are not blocks of {BLOCK_VALUES}")
+    def sections(self, payload: Tensor, start: int, num_part: int, num_values: int) -> tuple[Tensor, Tensor]:
+        """The scales, four bytes a block, and the codes."""
+        if start % BLOCK_VALUES or (num_part % BLOCK_VALUES and start + num_part != num_values):
+            raise ValueError(f"values {start}..{start + num_part} of {num_values} are not blocks of {BLOCK_VALUES}")
         split = 4 * _num_blocks(num_values)
-        first, last = start // BLOCK_VALUES, _num_blocks(start + num_chunk)
+        first, last = start // BLOCK_VALUES, _num_blocks(start + num_part)
         codes = payload[split + first * self.num_bytes_per_block : split + last * self.num_bytes_per_block]
-        return payload[:split].view(torch.float32)[first:last], codes
+        return payload[4 * first : 4 * last], codes
+
+    def _scales_and_codes(self, payload: Tensor, start: int, num_part: int, num_values: int) -> tuple[Tensor, Tensor]:
+        scales, codes = self.sections(payload, start, num_part, num_values)
+        return scales.view(torch.float32), codes
 
 
 def _num_blocks(num_values: int) -> int:

@@ -21,13 +21,25 @@ from diloco_ray.algorithm.codecs import BLOCK_VALUES, CHUNK_VALUES, Codec
 
 @dataclass(frozen=True)
 class OuterGradientStats:
-    """norm: l2 norm of delta. relative_error: |e - Q(e)| / |e| of what was to be sent, 0 for nothing.
+    """Squared l2 norms, which add up over the parts of a vector: of delta, of e, and of e - Q(e).
 
-    e is delta, or with error feedback delta and what was held back before; Q(e) is what is decoded.
+    e is what was to be sent: delta, or with error feedback delta and what was held back before. Q(e) is what is
+    decoded.
     """
 
-    norm: float
-    relative_error: float
+    squared_norm: float
+    squared_sum: float
+    squared_error: float
+
+    @property
+    def norm(self) -> float:
+        """|delta|."""
+        return math.sqrt(self.squared_norm)
+
+    @property
+    def relative_error(self) -> float:
+        """|e - Q(e)| / |e|, 0 for nothing."""
+        return math.sqrt(self.squared_error / self.squared_sum) if self.squared_sum else 0.0
 
 
 def encode_outer_gradient_(
@@ -56,8 +68,7 @@ def encode_outer_gradient_(
         codec.encode_(total, payload, start, num_values)
         codec.decode_(payload, start, num_values, decoded)
         squared_error += _squared_norm(total.sub_(decoded))
-    relative_error = math.sqrt(squared_error / squared_sum) if squared_sum else 0.0
-    return OuterGradientStats(norm=math.sqrt(squared_norm), relative_error=relative_error)
+    return OuterGradientStats(squared_norm, squared_sum, squared_error)
 
 
 def inspect_payload(payload: Tensor, num_values: int, codec: Codec) -> float:
