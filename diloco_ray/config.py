@@ -76,13 +76,14 @@ class ClusterSettings(Settings):
     """Where islands run."""
 
     address: str | None = Field(None, description="Ray cluster (default: the one around, else a local one)")
-    island_resources: dict[str, Number] = Field({"CPU": 1}, description="Ray resources of one island")
+    island_resources: dict[str, Number] = Field({"CPU": 1}, description="Ray resources of each rank of an island")
     label_selector: dict[str, str] = Field(
         {}, description="labels of the nodes that may hold an island; {island} is its name"
     )
     external_islands: int = Field(
         0, ge=0, description="of the islands, how many are clusters of their own that `diloco-ray join` the run store"
     )
+    rank_timeout_s: Number = Field(300.0, ge=1, description="wait of an island's ranks for one of them")
     placement_timeout_s: Number = Field(300.0, gt=0, description="wait for nodes that can hold the least islands")
     max_island_failures: int = Field(100, ge=0, description="restarts of one island before the run fails")
 
@@ -198,6 +199,9 @@ class RunConfig(Settings):
         if external > self.max_islands:
             what = f"cluster.external_islands={external} is more than the {self.max_islands} islands there may be"
             raise ValueError(f"{what}; choose at most {self.max_islands}, or allow more `islands`")
+        if external and self.inner.ranks > 1:
+            what = f"cluster.external_islands={external} with inner.ranks={self.inner.ranks} is not supported"
+            raise ValueError(f"{what}; set inner.ranks=1, or cluster.external_islands=0")
         if external and self.sync.heartbeat_timeout_s < 5 * self.sync.poll_s:
             what = f"sync.heartbeat_timeout_s={self.sync.heartbeat_timeout_s:g} with sync.poll_s={self.sync.poll_s:g}"
             least = 5 * self.sync.poll_s

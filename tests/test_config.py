@@ -225,3 +225,32 @@ def test_a_recipe_is_plain_yaml_with_sections() -> None:
     sections = set(RunConfig.model_fields)
     for recipe in RECIPES:
         assert set(yaml.safe_load(recipe.read_text())) <= sections
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["inner.ranks=3"], ["batch_size=8 with ranks=3 and accumulate=1", "a multiple of 3"]),
+        (["inner.ranks=2", "inner.accumulate=8"], ["ranks=2 and accumulate=8", "a multiple of 16"]),
+        (["inner.ranks=2", "inner.compile=true"], ["compile=true with ranks=2", "set inner.compile=false"]),
+        (
+            ["inner.ranks=2", "inner.parallel=fsdp", "inner.optimizer=muon"],
+            ["optimizer=muon with ranks=2 and parallel=fsdp", "set inner.parallel=ddp"],
+        ),
+        (
+            ["inner.ranks=2", "cluster.external_islands=1"],
+            ["external_islands=1 with inner.ranks=2", "set inner.ranks=1"],
+        ),
+        (["inner.ranks=0"], ["choose inner.ranks at least 1"]),
+        (["cluster.rank_timeout_s=0"], ["choose cluster.rank_timeout_s at least 1"]),
+    ],
+)
+def test_what_several_ranks_cannot_do_is_refused_with_its_remedy(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_yaml(JOBS / "quickstart.yaml", overrides)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_ranks_are_part_of_what_a_run_is() -> None:
+    one, two = (RunConfig.from_yaml(JOBS / "quickstart.yaml", [f"inner.ranks={n}"]).identity() for n in (1, 2))
+    assert differences(one, two) == ["inner.ranks: 1 -> 2"]

@@ -9,7 +9,7 @@ from diloco_ray.algorithm.replica import Replica
 from diloco_ray.data.shards import TokenShards
 from diloco_ray.data.tokenizers import load_tokenizer
 from diloco_ray.island.job import IslandJob
-from diloco_ray.island.worker import pick_device
+from diloco_ray.island.parallel import pick_device
 from diloco_ray.model.build import build_model, trainable_parameters
 from diloco_ray.model.export import sample_text, validation_loss
 from diloco_ray.transport.follower import Follower

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diloco_ray.island.inner_optimizer import InnerOptimizer
+from diloco_ray.island.parallel import Parallel
 from diloco_ray.island.settings import InnerSettings
 
 
@@ -28,14 +29,15 @@ class InnerLoop:
 
     def __init__(
         self,
-        model: nn.Module,
+        parallel: Parallel,
         optimizer: InnerOptimizer,
         batches_BT: Iterable[Tensor],
         settings: InnerSettings,
         *,
         learning_rate: Callable[[int], float],
     ):
-        self._model, self._optimizer, self._settings = model.train(), optimizer, settings
+        self._parallel, self._optimizer, self._settings = parallel, optimizer, settings
+        self._model = parallel.forward.train()
         self._batches = iter(batches_BT)
         self._learning_rate = learning_rate
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -53,13 +55,15 @@ class InnerLoop:
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate(self.num_steps)
         accumulate = self._settings.accumulate
-        for part in inputs_BT.to(self._device, non_blocking=True).chunk(accumulate):
-            with _precision(self._settings, self._device):
-                loss = self._model(input_ids=part, labels=part).loss / accumulate
-            loss.backward()
+        rows = self._parallel.rows(inputs_BT).to(self._device, non_blocking=True)
+        for number, part in enumerate(rows.chunk(accumulate), start=1):
+            with self._parallel.backward(number == accumulate):
+                with _precision(self._settings, self._device):
+                    loss = self._model(input_ids=part, labels=part).loss / accumulate
+                loss.backward()
             self._loss_sum += loss.detach()
         limit = self._settings.clip_norm if self._settings.clip_norm is not None else float("inf")
-        self._norm_sum += nn.utils.clip_grad_norm_(self._parameters, limit)
+        self._norm_sum += self._parallel.clip_(self._parameters, limit)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.num_steps += 1
@@ -67,9 +71,10 @@ class InnerLoop:
         return self.num_steps
 
     def result(self) -> InnerResult:
-        """Waits for the accelerator."""
+        """Waits for the accelerator, and for the other ranks."""
         steps = max(1, self.num_steps)
-        return InnerResult(self._loss_sum.item() / steps, self._norm_sum.item() / steps)
+        loss_sum = self._parallel.mean(self._loss_sum)
+        return InnerResult(loss_sum.item() / steps, self._norm_sum.item() / steps)
 
 
 def _precision(settings: InnerSettings, device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -69,11 +69,17 @@ class Outbox:
         payload = torch.empty(self._uplink.num_bytes(item.values.numel()), dtype=torch.uint8)
         feedback = {"residual": self.residuals[p], "decay": sync.error_feedback} if self.residuals else {}
         stats = encode_outer_gradient_(base, item.values, self._uplink, payload, **feedback)
-        contribution = Contribution(
+        told = {**item.metrics, "norm": stats.norm, "relative_error": stats.relative_error}
+        return self.headed(item, payload, base_version, incarnation, told), payload
+
+    def headed(
+        self, item: Outgoing, payload: Tensor, base_version: int, incarnation: int, metrics: Mapping[str, float]
+    ) -> Contribution:
+        return Contribution(
             run_id=self._job.run_id,
             island=item.plan.island,
             incarnation=incarnation,
-            fragment=p,
+            fragment=item.fragment.index,
             round=item.plan.round,
             base_version=base_version,
             inner_steps=item.inner_steps,
@@ -81,9 +87,8 @@ class Outbox:
             codec=self._uplink.name,
             payload_sha256=sha256_hex(payload.numpy().data),
             payload_bytes=payload.numel(),
-            metrics={**item.metrics, "norm": stats.norm, "relative_error": stats.relative_error},
+            metrics=dict(metrics),
         )
-        return contribution, payload
 
     def is_encoded(self, fragment: int) -> bool:
         return all(item.contribution for item in self.items if item.fragment.index == fragment)

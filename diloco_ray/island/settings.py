@@ -18,6 +18,10 @@ class InnerSettings(Settings):
     )
     batch_size: int = Field(8, ge=1, description="sequences per inner step and island")
     accumulate: int = Field(1, ge=1, description="equal parts that a batch is computed in")
+    ranks: int = Field(1, ge=1, description="processes of one island, each with an accelerator, that share its batch")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="of several ranks: each has the whole model | its rows of every tensor (FSDP2)"
+    )
     optimizer: Literal["adamw", "muon", "sgd"] = Field(
         "adamw", description="muon: for hidden matrices, with AdamW for the rest (MuLoCo, arXiv 2505.23725)"
     )
@@ -46,4 +50,15 @@ class InnerSettings(Settings):
         if self.batch_size % self.accumulate:
             what = f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}"
             raise ValueError(f"{what}; choose inner.accumulate so that it divides inner.batch_size")
+        parts = self.accumulate * self.ranks
+        if self.batch_size % parts:
+            given = f"batch_size={self.batch_size} with ranks={self.ranks} and accumulate={self.accumulate}"
+            raise ValueError(f"{given} cannot be dealt out evenly; choose inner.batch_size as a multiple of {parts}")
+        if self.ranks > 1 and self.compile:
+            raise ValueError(
+                f"compile=true with ranks={self.ranks} is not supported; set inner.compile=false, or inner.ranks=1"
+            )
+        if self.ranks > 1 and self.parallel == "fsdp" and self.optimizer == "muon":
+            what = f"optimizer=muon with ranks={self.ranks} and parallel=fsdp: Muon needs whole matrices"
+            raise ValueError(f"{what}; set inner.parallel=ddp, or inner.optimizer=adamw")
         return self

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from diloco_ray.errors import ConfigError, RunMismatchError
 from diloco_ray.model.settings import ModelSettings
 
+_LOOKED_AT_VALUES = (NotImplementedError, RuntimeError)  # which a model on the meta device does not have
+
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
@@ -50,6 +52,47 @@ def build_model(settings: ModelSettings, *, seed: int, vocab_size: int, eos_toke
         return model.to(device="cpu", dtype=torch.float32).train()
 
 
+def build_outline(settings: ModelSettings, *, seed: int, vocab_size: int, eos_token_id: int) -> nn.Module:
+    """build_model without the values of its trainable parameters, which are on the meta device; buffers have theirs.
+
+    At no time does it hold more than one parameter's values; but a model that has frozen ones, or looks at values while
+    it is built, is built whole.
+    """
+    check_folders(settings)
+    try:
+        with torch.random.fork_rng(devices=[]), quiet_transformers(), _parameters_without_values():
+            torch.manual_seed(seed)
+            if settings.path is None:
+                model = _at_random(settings, vocab_size, eos_token_id)
+            else:
+                model = _outline_of_path(settings.path, vocab_size)
+        if all(parameter.requires_grad for parameter in model.parameters()):
+            return model.to(dtype=torch.float32).train()
+    except _LOOKED_AT_VALUES:
+        pass
+    except ConfigError as error:
+        if not isinstance(error.__cause__, _LOOKED_AT_VALUES):
+            raise
+    return build_model(settings, seed=seed, vocab_size=vocab_size, eos_token_id=eos_token_id)
+
+
+@contextmanager
+def _parameters_without_values() -> Iterator[None]:
+    """In this block a parameter that a module is given is put on the meta device, if it is to be trained."""
+    register = nn.Module.register_parameter
+
+    def register_outline(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.requires_grad and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"))
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_outline
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
 def planned_shapes(
     settings: ModelSettings, *, vocab_size: int, eos_token_id: int, sequence_length: int = 0
 ) -> dict[str, tuple[int, ...]] | None:
@@ -60,16 +103,15 @@ def planned_shapes(
     """
     if settings.path is not None:
         return None
-    looked_at_values = (NotImplementedError, RuntimeError)  # which a model without memory does not have
     try:
         with torch.device("meta"), quiet_transformers():
             model = _at_random(settings, vocab_size, eos_token_id)
             check_length(model, sequence_length)
             return parameter_shapes(model)
-    except looked_at_values:
+    except _LOOKED_AT_VALUES:
         return None
     except ConfigError as error:
-        if isinstance(error.__cause__, looked_at_values):
+        if isinstance(error.__cause__, _LOOKED_AT_VALUES):
             return None
         raise
 
@@ -148,6 +190,13 @@ def _from_path(path: str, vocab_size: int) -> nn.Module:
     except (OSError, ValueError, KeyError) as error:
         what = f"model {path!r} cannot be loaded: {error}"
         raise ConfigError(what, where="model.path", remedy="name a folder, or a model that the hub has") from error
+
+
+def _outline_of_path(path: str, vocab_size: int) -> nn.Module:
+    from transformers import AutoConfig
+
+    folder = Path(path).expanduser()
+    return _initialised(AutoConfig.from_pretrained(str(folder) if folder.is_dir() else path), "model.path", vocab_size)
 
 
 def _initialised(config: Any, where: str, vocab_size: int) -> nn.Module:

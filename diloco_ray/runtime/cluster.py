@@ -67,18 +67,22 @@ def selector_of(settings: ClusterSettings, island: str) -> dict[str, str]:
     return {key: value.replace(OWN, island) for key, value in settings.label_selector.items()}
 
 
-def placeable(settings: ClusterSettings, islands: Sequence[str]) -> list[str]:
-    """Those of the islands that the nodes of this moment can hold, by their total resources and labels, in order."""
-    room = [(node, _fits(node, settings)) for node in ray.nodes() if node["Alive"]]
+def placeable(settings: ClusterSettings, islands: Sequence[str], ranks: int = 1) -> list[str]:
+    """Those of the islands that the nodes of this moment can hold, by their total resources and labels, in order.
+
+    An island of several ranks may lie on several nodes.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    room = [_fits(node, settings) for node in nodes]
     placed: list[str] = []
     for island in islands:
-        selector = selector_of(settings, island)
-        for at, (node, places) in enumerate(room):
-            labels = node.get("Labels", {})
-            if places and all(labels.get(key) == value for key, value in selector.items()):
-                room[at] = (node, places - 1)
-                placed.append(island)
-                break
+        selector = selector_of(settings, island).items()
+        ours = [all(node.get("Labels", {}).get(key) == value for key, value in selector) for node in nodes]
+        places = [at for at, is_ours in enumerate(ours) if is_ours for _ in range(room[at])][:ranks]
+        if len(places) == ranks:
+            placed.append(island)
+            for at in places:
+                room[at] -= 1
     return placed
 
 
@@ -96,19 +100,20 @@ def this_node_is_draining() -> bool:
     return ray.get_runtime_context().get_node_id() in draining()
 
 
-def describe_shortage(settings: ClusterSettings, islands: Sequence[str], least: int) -> str:
+def describe_shortage(settings: ClusterSettings, islands: Sequence[str], least: int, ranks: int = 1) -> str:
     """What the cluster lacks for the least of these islands, in numbers."""
-    placed = placeable(settings, islands)
+    placed = placeable(settings, islands, ranks)
     have = ray.cluster_resources()
     names = [name for name, amount in settings.island_resources.items() if amount > 0]
     parts = [
-        f"{name}: {settings.island_resources[name] * least:g} needed, {have.get(name, 0.0):g} in the cluster"
+        f"{name}: {settings.island_resources[name] * least * ranks:g} needed, {have.get(name, 0.0):g} in the cluster"
         for name in names
     ]
+    of_ranks = f" of {ranks} ranks" if ranks > 1 else ""
     labels = f" on nodes labelled {settings.label_selector}" if settings.label_selector else ""
     if any(OWN in value for value in settings.label_selector.values()):
         parts.append(f"no node for {', '.join(island for island in islands if island not in placed)}")
-    return f"the cluster can place {len(placed)} of at least {least} islands{labels} ({'; '.join(parts)})"
+    return f"the cluster can place {len(placed)} of at least {least} islands{of_ranks}{labels} ({'; '.join(parts)})"
 
 
 def actor_options(resources: Mapping[str, float], label_selector: Mapping[str, str] | None = None) -> dict[str, Any]:

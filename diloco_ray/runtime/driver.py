@@ -27,7 +27,7 @@ from diloco_ray.ids import island_name
 from diloco_ray.run import Run
 from diloco_ray.runtime.cluster import actor_options, describe_shortage, placeable, selector_of
 from diloco_ray.runtime.coordinator_actor import MAX_WAITING_CALLS, CoordinatorActor
-from diloco_ray.runtime.island_actor import EvaluatorActor, IslandActor
+from diloco_ray.runtime.island_actor import EvaluatorActor, GangActor, IslandActor
 from diloco_ray.runtime.island_process import PREEMPTED
 from diloco_ray.runtime.office import Mail
 from diloco_ray.transport.ray_object_store import RayTransport
@@ -65,10 +65,11 @@ def train_on_ray(run: Run, watch: Watcher, secret: str = "") -> dict[str, Any]:
 
 def _wait_for_places(run: Run, names: Sequence[str], watch: Watcher) -> None:
     cluster, least = run.config.cluster, run.config.min_islands - run.config.cluster.external_islands
+    ranks = run.config.inner.ranks
     until = time.monotonic() + cluster.placement_timeout_s
     told = False
-    while len(placeable(cluster, names)) < least:
-        shortage = describe_shortage(cluster, names, least)
+    while len(placeable(cluster, names, ranks)) < least:
+        shortage = describe_shortage(cluster, names, least, ranks)
         if not told:
             watch({}, [{"event": "decision", "text": f"{shortage}; waiting up to {cluster.placement_timeout_s:g} s"}])
             told = True
@@ -89,7 +90,7 @@ class _Driver:
         mail = Mail(secret, poll_s, run.config.model_dump(mode="json")) if cluster.external_islands else None
         name = f"coordinator-{run.run_id}-{uuid.uuid4().hex[:6]}"
         self._coordinator = CoordinatorActor.options(name=name, max_concurrency=MAX_WAITING_CALLS).remote(
-            run.store.url, run.coordinator_job(placeable(cluster, names)), mail
+            run.store.url, run.coordinator_job(placeable(cluster, names, run.config.inner.ranks)), mail
         )
         self._seen = (0, 0)  # fence epoch, and how many of its events
         self._quarantined: set[str] = set()
@@ -123,12 +124,16 @@ class _Driver:
 
     def _start_island(self, name: str) -> None:
         process = uuid.uuid4().hex
-        cluster = self._run.config.cluster
-        options = actor_options(cluster.island_resources, selector_of(cluster, name))
-        actor = IslandActor.options(**options).remote()
+        cluster, job = self._run.config.cluster, self._run.island_job()
         speed, sync = self._run.speed_of(self._names.index(name)), self._run.config.sync
         connect = partial(RayTransport, self._coordinator, sync.coordinator_timeout_s)
-        ref = actor.live.remote(self._run.island_job(), name, process, connect, sync, speed)
+        if job.inner.ranks > 1:
+            actor = GangActor.remote()
+            ref = actor.live.remote(job, name, process, connect, sync, speed, cluster)
+        else:
+            options = actor_options(cluster.island_resources, selector_of(cluster, name))
+            actor = IslandActor.options(**options).remote()
+            ref = actor.live.remote(job, name, process, connect, sync, speed)
         self._lives[ref] = Life(name, process, actor)
 
     def _start_evaluator(self) -> None:

@@ -48,6 +48,17 @@ class IslandActor:
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, num_cpus=0)
+class GangActor:
+    """An island of several ranks. These are processes of their own, and end with this one."""
+
+    def live(self, *arguments: Any) -> str:
+        """As `gang_process.live_as_gang`."""
+        from diloco_ray.runtime import gang_process
+
+        return gang_process.live_as_gang(*arguments)
+
+
+@ray.remote(max_restarts=0, max_task_retries=0, num_cpus=0)
 class EvaluatorActor:
     """Follows the log beside the islands."""
 

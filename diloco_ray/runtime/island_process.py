@@ -14,6 +14,7 @@ from diloco_ray.coordination.settings import SyncSettings
 from diloco_ray.errors import DiLoCoError
 from diloco_ray.island.evaluator import EvaluationPlan, Evaluator
 from diloco_ray.island.exchange import Exchange
+from diloco_ray.island.gang import Gang
 from diloco_ray.island.heart import Heart
 from diloco_ray.island.job import Identity, IslandJob, PreemptedError
 from diloco_ray.island.worker import Island
@@ -39,59 +40,86 @@ def live_as_island(
     connect: opens the line to the coordinator. speed: under 1 for an island to be slower than its processor.
     """
     with collecting_later():
-        transport = connect()
-        island = Island(job, Identity(name, process, os.getpid(), ray.util.get_node_ip_address()), transport)
-    exchange, why = island.exchange, OVER
-    with _preemptible(exchange):
+        island = Island(job, _identity(name, process), connect())
+    return _live(island, island.exchange, sync, speed)
+
+
+def live_as_rank(
+    job: IslandJob, name: str, process: str, connect: Connect, sync: SyncSettings, speed: float, rank_timeout_s: float
+) -> str:
+    """As `live_as_island`, for one rank of an island, in a process group that is there already."""
+    with collecting_later():
+        gang = Gang(name, rank_timeout_s)
+        island = Island(job, _identity(name, process), connect() if gang.leads else None, gang=gang)
+    return _live(island, island.exchange if gang.leads else None, sync, speed)
+
+
+def _identity(name: str, process: str) -> Identity:
+    return Identity(name, process, os.getpid(), ray.util.get_node_ip_address())
+
+
+def _live(island: Island, lead: Exchange | None, sync: SyncSettings, speed: float) -> str:
+    """lead: of the process that speaks with the coordinator."""
+    why = OVER
+    with _preemptible(island.link.fail):
         try:
-            _train(island, sync, speed)
+            _train(island, lead, sync, speed)
         except PreemptedError:
             why = PREEMPTED
         finally:
-            exchange.stop(FAREWELL_S if why == PREEMPTED else 0.0)
+            if lead:
+                lead.stop(FAREWELL_S if why == PREEMPTED else 0.0)
     with contextlib.suppress(DiLoCoError):
-        transport.leave(name, exchange.incarnation, why)
+        if lead:
+            lead.transport.leave(lead.identity.island, lead.incarnation, why)
     return why
 
 
-def _train(island: Island, sync: SyncSettings, speed: float) -> None:
-    exchange = island.exchange
-    exchange.say_hello()
-    heart = Heart(exchange, exchange.transport, sync.heartbeat_every_s, sync.stall_timeout_s)
+def _train(island: Island, lead: Exchange | None, sync: SyncSettings, speed: float) -> None:
+    heart = None
+    if lead:
+        lead.say_hello()
+        heart = Heart(lead, lead.transport, sync.heartbeat_every_s, sync.stall_timeout_s)
     try:
         island.start()  # on a slow line the model takes longer than silence is borne
-        exchange.start_threads(FOLLOW_S)
+        if lead:
+            lead.start_threads(FOLLOW_S)
         began_s = time.monotonic()
         for moment in island.live():
             if moment == "wait":
-                exchange.wait(FOLLOW_S)
+                island.link.wait(FOLLOW_S)
             elif speed < 1.0:
                 time.sleep((time.monotonic() - began_s) * (1.0 / speed - 1.0))
             began_s = time.monotonic()
     finally:
-        heart.stop()
+        if heart:
+            heart.stop()
 
 
 @contextlib.contextmanager
-def _preemptible(exchange: Exchange) -> Iterator[None]:
-    """In this block, SIGTERM or Ray's notice that the node is draining ends the island's work with PreemptedError."""
-    done = threading.Event()
+def _preemptible(fail: Callable[[Exception], None]) -> Iterator[None]:
+    """In this block, SIGTERM or Ray's notice that the node is draining ends the island's work with PreemptedError.
+
+    Only a process's main thread hears signals: a rank, which Ray Train runs in another one, goes by the notice alone.
+    """
+    done, hears_signals = threading.Event(), threading.current_thread() is threading.main_thread()
 
     def tell(*_: object) -> None:
-        exchange.fail(PreemptedError())
+        fail(PreemptedError())
 
     def look() -> None:
         while not done.wait(LOOK_EVERY_S):
             if this_node_is_draining():
                 tell()
 
-    rays_own = signal.signal(signal.SIGTERM, tell)
+    rays_own = signal.signal(signal.SIGTERM, tell) if hears_signals else None
     threading.Thread(target=look, name="notice", daemon=True).start()
     try:
         yield
     finally:
         done.set()
-        signal.signal(signal.SIGTERM, rays_own)
+        if hears_signals:
+            signal.signal(signal.SIGTERM, rays_own)
 
 
 def live_as_evaluator(job: IslandJob, plan: EvaluationPlan, coordinator: Any, silence_s: float) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diloco_ray.island.inner_loop import InnerLoop, InnerResult
 from diloco_ray.island.inner_optimizer import build_inner_optimizer
+from diloco_ray.island.parallel import Alone
 from diloco_ray.island.settings import InnerSettings
 from diloco_ray.model.build import trainable_parameters
 
@@ -53,7 +54,7 @@ def loop_of(
 ) -> InnerLoop:
     optimizer = build_inner_optimizer(inner, trainable_parameters(model))
     return InnerLoop(
-        model, optimizer, batches, inner, learning_rate=learning_rate or (lambda step: inner.learning_rate)
+        Alone(model), optimizer, batches, inner, learning_rate=learning_rate or (lambda step: inner.learning_rate)
     )
 
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch import nn
 
 from diloco_ray.errors import ConfigError, DiLoCoError, RunMismatchError
-from diloco_ray.model.build import build_model, parameter_shapes, trainable_parameters
+from diloco_ray.model.build import build_model, build_outline, parameter_shapes, trainable_parameters
 from diloco_ray.model.settings import ModelSettings
 
 
@@ -110,3 +111,37 @@ def test_trainable_parameters_are_the_models_own_floats_with_tied_weights_once(t
     loose = build(config={**tiny_llama, "tie_word_embeddings": False})
     assert set(parameter_shapes(loose)) - set(parameter_shapes(tied)) == {"lm_head.weight"}
     assert list(trainable_parameters(loose)) == [name for name, _ in loose.named_parameters()]
+
+
+def outline(**settings):
+    return build_outline(ModelSettings(**settings), seed=0, vocab_size=256, eos_token_id=0)
+
+
+def test_an_outline_has_the_shapes_ties_and_buffers_of_the_model_but_no_values(tiny_llama, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    whole = build(config=tiny_llama)
+    for found in (outline(config=tiny_llama), outline(path=str(tmp_path))):
+        assert parameter_shapes(found) == parameter_shapes(whole)
+        assert all(parameter.is_meta for parameter in found.parameters())
+        buffers = dict(found.named_buffers())
+        assert buffers
+        assert all(torch.equal(buffers[name], buffer) for name, buffer in whole.named_buffers())
+    assert not nn.Linear(2, 2).weight.is_meta
+
+
+class Frozen(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 3)
+        self.bias.requires_grad_(False)
+
+
+class Looks(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 3)
+        self.largest = self.weight.max().item()
+
+
+@pytest.mark.parametrize("name", ["Frozen", "Looks"])
+def test_a_model_that_needs_its_values_is_not_outlined(name):
+    factory = f"{__name__}:{name}"
+    assert equal(outline(factory=factory), build(factory=factory))

@@ -1,11 +1,13 @@
-"""A wrong address of a cluster is refused before Ray tries it for minutes."""
+"""A wrong address of a cluster is refused before Ray tries it for minutes; what fits into one is counted."""
 
 import socket
 
 import pytest
+import ray
 
+from diloco_ray.config import ClusterSettings
 from diloco_ray.errors import ClusterError
-from diloco_ray.runtime.cluster import connected
+from diloco_ray.runtime.cluster import connected, describe_shortage, placeable
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
@@ -17,3 +19,24 @@ def test_an_address_where_nobody_listens_is_named_at_once(address: str, monkeypa
     with pytest.raises(ClusterError, match="no Ray cluster answers") as caught, connected(wrong):
         pass
     assert caught.value.where == wrong
+
+
+def test_ranks_of_an_island_may_lie_on_several_nodes_with_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"a": (3, 2), "b": (8,)}
+    nodes = [
+        {"Alive": True, "Labels": {"zone": zone}, "Resources": {"GPU": float(num)}}
+        for zone, nums in sizes.items()
+        for num in nums
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 13.0})
+    everywhere = ClusterSettings(island_resources={"GPU": 1})  # type: ignore[call-arg]
+    names = [f"island-0{number}" for number in range(4)]
+    assert placeable(everywhere, names, 4) == names[:3]
+    assert placeable(everywhere, names, 1) == names
+    near = everywhere.model_copy(update={"label_selector": {"zone": "a"}})
+    assert placeable(near, names, 4) == names[:1]
+    assert placeable(near, names, 6) == []
+    text = describe_shortage(near, names, 2, 4)
+    assert text.startswith("the cluster can place 1 of at least 2 islands of 4 ranks on nodes labelled {'zone': 'a'}")
+    assert "GPU: 8 needed, 13 in the cluster" in text

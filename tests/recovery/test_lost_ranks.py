@@ -1,0 +1,96 @@
+"""An island of two ranks on Ray Train: it trains, and a killed rank costs that island's open round alone."""
+
+import os
+import signal
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diloco_ray.config import RunConfig
+from diloco_ray.document import replica_of
+from diloco_ray.log.run_log import RunLog
+from diloco_ray.log.run_store import RunStore
+from diloco_ray.log.snapshot import restore
+from diloco_ray.log.verify import verify
+from diloco_ray.run import open_run, read_run
+from diloco_ray.simulation.in_process import train_in_process
+from tests.processes import Train, run_folder, training, write_recipe
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+
+
+@pytest.fixture
+def recipe(tiny: dict[str, Any]) -> dict[str, Any]:
+    body = deepcopy(tiny)
+    body |= {"islands": 2, "rounds": 3}
+    body["inner"] |= {"ranks": 2, "parallel": "fsdp", "steps_per_round": 100, "optimizer": "sgd", "learning_rate": 0.1}
+    body["sync"] = {"heartbeat_every_s": 0.1, "fragments": 2, "uplink": "int4", "downlink": "int4"}
+    body["cluster"] = {"island_resources": {"CPU": 0.25}, "rank_timeout_s": 30}
+    return body
+
+
+def ranks_beside(pid: int) -> list[int]:
+    """Processes of Ray Train's workers that have the same parent as this one, which is a rank itself."""
+    mine = parent_of(pid)
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            is_rank = b"RayTrainWorker" in (folder / "cmdline").read_bytes()
+            if is_rank and int(folder.name) != pid and parent_of(int(folder.name)) == mine:
+                found.append(int(folder.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def is_in_the_middle(island: dict[str, Any], round: int) -> bool:
+    return island["state"] == "alive" and island["round"] == round and 0 < island["step"] < 0.5 * island["steps"]
+
+
+def final_parameters(folder: Path, at: int | None = None) -> torch.Tensor:
+    run = read_run(str(folder))
+    replica = replica_of(run.document)
+    restore(run.store, RunLog.open(run.store), replica, at)
+    return torch.cat([replica.parameters(fragment.index) for fragment in run.layout.fragments])
+
+
+def test_a_killed_rank_costs_its_islands_open_round_and_the_run_ends_as_one_process_islands_would(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    with training(write_recipe(tmp_path, recipe), run_folder(recipe)) as train:
+        island, other = kill_a_rank(train)
+        output = train.wait_for_end()
+        last = train.status()
+    assert last is not None
+    assert {i["name"]: i["incarnation"] for i in last["islands"]} == {island: 2, other: 1}
+    assert f"{island} lost: ClusterError: rank " in output
+    folder = RunStore(str(run_folder(recipe)))
+    assert verify(folder, replica_of).problems == ()
+    records = RunLog.open(folder).records[1:]
+    assert [len(record.shares) for record in records] == [2] * 6  # the round waited for it
+    alone = {**recipe, "name": "alone", "inner": {**recipe["inner"], "ranks": 1}}
+    train_in_process(open_run(RunConfig.from_dict(alone)))
+    expected, began = final_parameters(run_folder(alone)), final_parameters(run_folder(alone), 0)
+    moved = (expected - began).norm()
+    print("DIFF", (final_parameters(run_folder(recipe)) - expected).norm() / moved, output)
+    assert (final_parameters(run_folder(recipe)) - expected).norm() < 0.02 * moved
+
+
+def kill_a_rank(train: Train) -> tuple[str, str]:
+    """SIGKILL to a rank that does not lead, in the second round; its island, and the other."""
+    status = train.wait_until(lambda s: any(is_in_the_middle(island, 2) for island in s["islands"]))
+    leaders = {island["pid"] for island in status["islands"]}
+    ranks = [pid for pid in ranks_beside(status["islands"][0]["pid"]) if pid not in leaders]
+    assert len(ranks) == 2
+    os.kill(ranks[0], signal.SIGKILL)
+    after = train.wait_until(lambda s: any(i["incarnation"] == 2 for i in s["islands"]))
+    (lost,) = [i["name"] for i in after["islands"] if i["incarnation"] == 2]
+    (other,) = [i["name"] for i in after["islands"] if i["name"] != lost]
+    return lost, other
