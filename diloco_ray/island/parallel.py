@@ -6,7 +6,7 @@ rows of each parameter, so that its state is no larger than they are.
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -134,9 +134,8 @@ class Fsdp(_Ranks):
         model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
         self.forward = model
         self._sharded = trainable_parameters(model)
-        shards: Mapping[str, Any] = self._sharded
         with torch.no_grad():
-            self.tensors = {name: shard.to_local().detach() for name, shard in shards.items()}
+            self.tensors = {name: cast(Any, shard).to_local().detach() for name, shard in self._sharded.items()}
 
     def backward(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are scattered after every part: one that waited for the last would be kept whole."""
