@@ -12,7 +12,7 @@ from typing import Any
 from ray import exceptions
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
 
 from diloco_ray.config import ClusterSettings
 from diloco_ray.coordination.settings import SyncSettings
@@ -20,7 +20,7 @@ from diloco_ray.errors import ClusterError
 from diloco_ray.island.gang import RankLostError
 from diloco_ray.island.job import IslandJob
 from diloco_ray.runtime.cluster import selector_of
-from diloco_ray.runtime.island_process import Connect
+from diloco_ray.runtime.island_process import PREEMPTED, Connect
 
 
 def live_as_gang(
@@ -61,6 +61,8 @@ def live_as_gang(
         )
         try:
             result: Any = trainer.fit()
+        except PreemptionError:  # Ray Train saw the notice as well
+            return PREEMPTED
         except TrainingFailedError as error:
             raise cause_of(error, name) from error
     return result.return_value

@@ -12,6 +12,8 @@ from typing import Any
 
 import ray
 
+from diloco_ray.errors import ConfigError
+
 
 @contextlib.contextmanager
 def collecting_later() -> Iterator[None]:
@@ -53,8 +55,12 @@ class GangActor:
 
     def live(self, *arguments: Any) -> str:
         """As `gang_process.live_as_gang`."""
-        from diloco_ray.runtime import gang_process
-
+        try:
+            from diloco_ray.runtime import gang_process
+        except ImportError as error:
+            remedy = "install the Ray that constraints.txt names, or set inner.ranks=1"
+            what = f"Ray {ray.__version__} is too old for islands of several ranks: {error}"
+            raise ConfigError(what, where="inner.ranks", remedy=remedy) from error
         return gang_process.live_as_gang(*arguments)
 
 
