@@ -182,7 +182,8 @@ def open_as_island(url: str, wait_s: float, tell: Callable[[str], None]) -> Run:
             is_told = True
         time.sleep(min(1.0, wait_s))
     document = _read_document(store)
-    config = RunConfig.from_dict(notice["config"], where=store.url_of(NOTICE))
+    config = RunConfig.from_dict(notice.config, where=store.url_of(NOTICE))
+    check_same_recipe(document, config, store.url_of(NOTICE))
     return Run(store, config, document, _prepared_now(store, document["prepared"]))
 
 

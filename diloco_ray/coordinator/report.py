@@ -169,9 +169,9 @@ class Report:
                     "process": member.process,
                     "node": member.node,
                     "incarnation": member.incarnation,
-                    "round": int(member.progress.get("round", state.round)),
-                    "step": int(member.progress.get("step", 0)),
-                    "steps": int(member.progress.get("steps", state.rules.inner_steps_per_round)),
+                    "round": int(_number(member.progress.get("round", state.round))),
+                    "step": int(_number(member.progress.get("step", 0))),
+                    "steps": int(_number(member.progress.get("steps", state.rules.inner_steps_per_round))),
                     "tokens_per_s": self._tokens_per_s.get(member.name, 0.0),
                     "last_seen_s": self._now_s() - member.last_seen_s if member.last_seen_s else None,
                 }

@@ -58,11 +58,14 @@ class RunStore:
         """The file on this machine's disk; None in a remote store."""
         return Path(self._full(path)) if self.is_local else None
 
-    def read(self, path: str) -> bytes:
-        """The whole file. StoreError when it is missing or cannot be read."""
+    def read(self, path: str, at_most: int | None = None) -> bytes:
+        """The whole file, or its first bytes: at least one, so many at most. StoreError when there is none to read."""
         full = self._full(path)
         with self._naming("read", path):
-            return Path(full).read_bytes() if self.is_local else self._fs.cat_file(full)
+            if not self.is_local:
+                return self._fs.cat_file(full) if at_most is None else self._fs.cat_file(full, start=0, end=at_most)
+            with open(full, "rb") as file:
+                return file.read() if at_most is None else file.read(at_most)
 
     def read_if_there(self, path: str) -> bytes | None:
         """The whole file, or None where there is none. StoreError when it cannot be read."""
@@ -130,7 +133,9 @@ class RunStore:
                 entries: list[dict[str, Any]] = self._fs.ls(full, detail=True)
             except FileNotFoundError:
                 return {}
-        files = {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"}
+        below = full.strip("/")  # which the listing of a file consists of
+        there = {entry["name"].strip("/"): entry for entry in entries if entry["type"] == "file"}
+        files = {name.rsplit("/", 1)[-1]: entry for name, entry in there.items() if name != below}
         return {name: int(files[name]["size"] or 0) for name in sorted(files) if not name.startswith(_HIDDEN)}
 
     def delete(self, path: str) -> None:

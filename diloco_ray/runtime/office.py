@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diloco_ray.coordination.messages import Contribution, Verdict
+from diloco_ray.coordination.state import ended
 from diloco_ray.coordinator.coordinator import Coordinator
 from diloco_ray.coordinator.job import CoordinatorJob
-from diloco_ray.errors import StoreError
+from diloco_ray.errors import FencedError, StoreError
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.post_office import PostOffice
 from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
@@ -49,17 +50,20 @@ class OfficeThread:
         threading.Thread(target=self._keep, name="office", daemon=True).start()
 
     def _keep(self) -> None:
-        pause_s, told = self._mail.poll_s / 10, ""
+        pause_s, told, is_waiting = self._mail.poll_s / 10, "", False
         while not (self._coordinator.is_fenced or self._waiting.wait(pause_s)):
-            phase, reason = self._coordinator.state.phase, self._coordinator.state.reason
+            state, was_busy = self._coordinator.state, False
             try:
-                if phase != told and (not told or phase in ("succeeded", "failed")):
-                    self._office.put_up_notice(self._mail.config, phase, reason)
-                    told = phase
-                was_busy = self._office.turn()
+                if state.phase != told and (not told or ended(state)):
+                    self._office.put_up_notice(self._mail.config, state.phase, state.reason)
+                    told = state.phase
+                was_busy, is_waiting = self._office.turn(), False
+            except FencedError:
+                return
             except StoreError as error:
-                self._coordinator.report.note(f"the mail waits: {error.what}")
-                was_busy = False
+                if not is_waiting:
+                    self._coordinator.report.note(f"the mail waits: {error.what}")
+                is_waiting = True
             pause_s = self._mail.poll_s / 10 if was_busy else min(self._mail.poll_s, 1.5 * pause_s)
 
 

@@ -46,9 +46,9 @@ class TappedStore(RunStore):
         super().__init__(url)
         self._tap = tap
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, at_most: int | None = None) -> bytes:
         self._announce("read", path, "before")
-        data = super().read(path)
+        data = super().read(path, at_most)
         self._announce("read", path, "after")
         return data
 
@@ -73,6 +73,12 @@ class TappedStore(RunStore):
         names = super().list(folder)
         self._announce("list", folder, "after")
         return names
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        self._announce("list", folder, "before")
+        sizes = super().sizes(folder)
+        self._announce("list", folder, "after")
+        return sizes
 
     def delete(self, path: str) -> None:
         self._announce("delete", path, "before")

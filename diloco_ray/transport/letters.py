@@ -34,10 +34,23 @@ ISLAND = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 REQUEST = re.compile(r"([0-9a-f]{32}-[0-9]{8})\.request")
 UNSIGNED = "unsigned"
 _MARK = "dr1"
+_FIRST_LINE = re.compile(rb"dr1 ([0-9A-Za-z]{1,32}) ([0-9]{1,12}) ([0-9a-f]{64}|unsigned)\n")
+_TOKEN = re.compile(rf"dr1:({ISLAND.pattern}):([0-9A-Za-z]{{1,32}}):([0-9]{{1,12}}):([0-9a-f]{{64}})", re.ASCII)
+_MAX_DIGITS = 18  # of a number in a letter: those of Python have no end
 
 
 class LetterError(Exception):
     """A letter that is not believed, or not understood. Its text is the reason."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What everybody may read of the coordinator. Nobody signs it. config: the recipe as it is driven now."""
+
+    fence_epoch: int
+    state: str
+    reason: str
+    config: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -85,8 +98,8 @@ class Token:
     @staticmethod
     def read(text: str) -> "Token":
         """ConfigError, which does not repeat the text, where this is no token."""
-        parts = text.strip().split(":")
-        if len(parts) == 5 and parts[0] == _MARK and parts[3].isdigit() and re.fullmatch(r"[0-9a-f]{64}", parts[4]):
+        parts = _TOKEN.fullmatch(text.strip())
+        if parts:
             return Token(parts[1], parts[2], int(parts[3]), bytes.fromhex(parts[4]))
         raise ConfigError(
             "this is not an island's token",
@@ -115,7 +128,7 @@ class Letter:
     def body(self) -> dict[str, Any]:
         """LetterError where it is not a JSON object."""
         try:
-            body: Any = json.loads(self.header)
+            body: Any = json.loads(self.header, parse_int=_number)
         except (ValueError, RecursionError) as error:
             raise LetterError(f"form: no JSON: {error}") from error
         if not isinstance(body, dict):
@@ -125,13 +138,12 @@ class Letter:
     @staticmethod
     def opened(path: str, data: bytes) -> "Letter":
         """Nothing of it is believed yet. LetterError where these bytes are no letter."""
-        first, _, rest = data[: MAX_HEADER_BYTES + 256].partition(b"\n")
-        words = first.decode("ascii", "replace").split(" ")
-        header, newline, _ = rest.partition(b"\n")
-        if len(words) != 4 or words[0] != _MARK or not words[2].isdigit() or not newline:
+        first = _FIRST_LINE.match(data)
+        end = data.find(b"\n", first.end(), first.end() + MAX_HEADER_BYTES + 1) if first else -1
+        if first is None or end < 0:
             raise LetterError("form: not a letter")
-        start = len(first) + len(header) + 2
-        return Letter(path, words[1], int(words[2]), words[3], header, memoryview(data)[start:])
+        serial, expires, signature = (word.decode() for word in first.groups())
+        return Letter(path, serial, int(expires), signature, data[first.end() : end], memoryview(data)[end + 1 :])
 
     def check(self, key: bytes, run_id: str) -> None:
         if not hmac.compare_digest(_sign(key, run_id, self.path, self.header), self.signature):
@@ -153,18 +165,29 @@ def _sign(key: bytes, run_id: str, path: str, header: bytes) -> str:
     return hmac.new(key, f"{run_id}\n{path}\n".encode() + header, hashlib.sha256).hexdigest()
 
 
+def _number(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
 def plain(kind: TypeAdapter[Any], value: Any) -> Any:
     """As JSON has it."""
     return kind.dump_python(value, mode="json")
 
 
 def understood(kind: TypeAdapter[Any], value: Any) -> Any:
-    """The inverse of `plain`. LetterError for anything else."""
+    """The inverse of `plain`. LetterError for anything else: no type is guessed, all text can be written as UTF-8."""
     try:
-        return kind.validate_python(value)
-    except (ValidationError, RecursionError) as error:
-        where = error.errors()[0]["loc"] if isinstance(error, ValidationError) else ()
-        raise LetterError(f"form: {'.'.join(map(str, where))} is not as it should be") from error
+        return kind.validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise LetterError(f"form: {printable(where, 80) or 'all of it'} is not as it should be") from error
+
+
+def printable(text: str, most: int) -> str:
+    """Of what somebody else wrote: no control characters, no lone surrogates, an end."""
+    return "".join(letter for letter in text[:most] if letter.isprintable())
 
 
 def retold(news: News | None) -> Tidings:

@@ -8,16 +8,18 @@ another one, by which the island knows that it has to write again. What is not a
 """
 
 import contextlib
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from diloco_ray.errors import StoreError
 from diloco_ray.ids import canonical_json
+from diloco_ray.log.run_log import check_fence
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.letters import (
     CALLS,
@@ -28,8 +30,10 @@ from diloco_ray.transport.letters import (
     REQUEST,
     Letter,
     LetterError,
+    Notice,
     Token,
     plain,
+    printable,
     retold,
     understood,
     write_letter,
@@ -41,6 +45,8 @@ from diloco_ray.transport.tokens import KeyRing
 MAX_WAIT_S = 60.0  # of a long poll
 SMALL_BYTES = 64 * 1024  # larger letters are read beside the others, so that no heartbeat waits behind a payload
 MAX_HANDLED = 100_000  # names of letters that are not taken a second time
+MAX_IN_HAND = 16  # letters of one island: its process has a handful under way
+MAX_NOTES, MAX_NOTE = 20, 300  # of one island, and characters of one
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,15 @@ class PostOffice:
         self._in_hand: set[str] = set()
         self._handled: dict[str, None] = {}
         self._long_polls: dict[str, _LongPoll] = {}
-        self._noted: set[str] = set()
+        self._noted: dict[str, set[str]] = {}
+        self._remembering = threading.Lock()
 
     def put_up_notice(self, config: Mapping[str, Any], state: str = "running", reason: str = "") -> None:
-        """Tells islands whom they write to, and by which recipe the run goes on now."""
-        notice = {"fence_epoch": self._epoch, "state": state, "reason": reason, "config": config}
-        self._store.write(NOTICE, canonical_json(notice))
+        """Tells islands whom they write to, and by which recipe the run goes on now. FencedError where that is not us:
+        the word of a coordinator that was overtaken must not cover its successor's.
+        """
+        check_fence(self._store, self._epoch)
+        self._store.write(NOTICE, canonical_json(asdict(Notice(self._epoch, state, reason, dict(config)))))
 
     def turn(self) -> bool:
         """Whether there was anything to do. StoreError: nothing is lost, the next turn takes it up."""
@@ -88,36 +97,58 @@ class PostOffice:
         for island in self._store.list(MAIL):
             if not ISLAND.fullmatch(island) or island == NOTICE.rpartition("/")[2]:
                 continue
-            for name, size in self._store.sizes(f"{MAIL}/{island}").items():
-                path = f"{MAIL}/{island}/{name}"
-                if REQUEST.fullmatch(name) and path not in self._in_hand:
-                    was_busy = True
-                    self._in_hand.add(path)
-                    if size <= SMALL_BYTES or self._beside is None:
-                        self._handle(island, path, size)
-                    else:
-                        self._beside.submit(self._handle, island, path, size)
+            for path, size in self._new_letters(island):
+                was_busy = True
+                self._in_hand.add(path)
+                if size <= SMALL_BYTES or self._beside is None:
+                    self._handle(island, path, size)
+                else:
+                    self._beside.submit(self._handle, island, path, size)
         return self._answer_long_polls() or was_busy
 
-    def _handle(self, island: str, path: str, size: int) -> None:
+    def _new_letters(self, island: str) -> list[tuple[str, int]]:
+        """Paths and sizes; not more at once than is fair to the others."""
         try:
-            if path in self._handled:
-                self._store.delete(path)
-                self._in_hand.discard(path)
-            elif size > self._max_bytes:
-                self._refuse(
-                    island, path, f"size: {size:,} bytes, the largest letter of this run has {self._max_bytes:,}"
-                )
-            else:
-                self._open(island, path)
-        except LetterError as error:
-            self._refuse(island, path, str(error))
-        except StoreError as error:  # it lies there still
-            self._in_hand.discard(path)
-            self._say(f"mail of {island}: {error.what}")
+            sizes = self._store.sizes(f"{MAIL}/{island}")
+        except StoreError as error:  # perhaps this folder's only
+            self._say(island, f"mail of {island}: {error.what}")
+            return []
+        letters = [(f"{MAIL}/{island}/{name}", size) for name, size in sizes.items() if REQUEST.fullmatch(name)]
+        new = [letter for letter in letters if letter[0] not in self._in_hand]
+        return new[: max(0, MAX_IN_HAND - (len(letters) - len(new)))]
 
-    def _open(self, island: str, path: str) -> None:
-        letter = Letter.opened(path, self._store.read(path))
+    def _handle(self, island: str, path: str, size: int) -> None:
+        with self._minding(island, path):
+            self._open(island, path, size)
+
+    @contextlib.contextmanager
+    def _minding(self, island: str, path: str) -> Generator[None]:
+        """What goes wrong with a letter stays with it."""
+        try:
+            try:
+                yield
+            except LetterError as error:
+                self._refuse(island, path, str(error))
+            return
+        except StoreError as error:
+            trouble, is_left = f"mail of {island}: {error.what}", True
+        except TimeoutError:
+            trouble, is_left = f"mail of {island}: the coordinator is busy", True
+        except Exception as error:
+            trouble, is_left = f"a letter of {island} has no answer: {type(error).__name__}: {error}", False
+        self._long_polls.pop(path, None)
+        if is_left:  # it lies there still; else it stays in hand, and this coordinator does not try it again
+            self._in_hand.discard(path)
+        self._say(island, trouble)
+
+    def _open(self, island: str, path: str, size: int) -> None:
+        if path in self._handled:
+            self._put_away(path)
+            return
+        if size > self._max_bytes:
+            raise LetterError(f"size: {size:,} bytes, the largest letter of this run has {self._max_bytes:,}")
+        data = self._store.read(path, size) if size else b""  # not what it has grown to meanwhile
+        letter = Letter.opened(path, data)
         token = self._keys.token(island, letter.serial, letter.expires)
         letter.check(token.key, self._run_id)
         body = letter.body
@@ -130,9 +161,10 @@ class PostOffice:
             return  # of a coordinator that has taken over from this one: it answers itself
         takes, gives = CALLS[call]
         arguments = understood(takes, body.get("arguments"))
-        speaker = getattr(arguments[0], "island", arguments[0]) if arguments else ""
-        if isinstance(speaker, str) and speaker not in (island, ""):  # an observer has no name
-            raise LetterError(f"name: it speaks for {speaker!r}")
+        speaker = getattr(arguments[0], "island", arguments[0]) if arguments else island
+        is_observer = call == "follow" and speaker == ""
+        if isinstance(speaker, str) and speaker != island and not is_observer:
+            raise LetterError(f"name: it speaks for {speaker[:64]!r}")
         if call == "follow":
             name, incarnation, after, wait_s, held = arguments
             until_s = time.monotonic() + min(max(0.0, wait_s), MAX_WAIT_S)
@@ -142,18 +174,18 @@ class PostOffice:
             arguments = (*arguments, np.frombuffer(letter.payload, np.uint8))
         answer = getattr(self._doors, call)(*arguments)
         self._answer(path, token, {"answer": plain(gives, answer)})
-        if call == "join":
+        if call == "join" and not answer.problem:
             self._sweep(island, path)
 
     def _answer_long_polls(self) -> bool:
         was_busy = False
         for path, poll in list(self._long_polls.items()):
-            news = self._doors.news(*poll.arguments)
-            if news or time.monotonic() >= poll.until_s:
-                was_busy = True
-                tidings = retold(news)
-                self._answer(path, poll.token, {"answer": plain(CALLS["follow"][1], tidings)})
-                del self._long_polls[path]
+            with self._minding(poll.token.island, path):
+                news = self._doors.news(*poll.arguments)
+                if news or time.monotonic() >= poll.until_s:
+                    was_busy = True
+                    self._answer(path, poll.token, {"answer": plain(CALLS["follow"][1], retold(news))})
+                    del self._long_polls[path]
         return was_busy
 
     def _answer(self, path: str, token: Token, body: Mapping[str, Any]) -> None:
@@ -162,17 +194,23 @@ class PostOffice:
 
     def _refuse(self, island: str, path: str, reason: str) -> None:
         """Unsigned: there may be no key that both have."""
-        self._say(f"a letter of {island} is refused: {reason}")
+        reason = printable(reason, MAX_NOTE)
+        self._say(island, f"a letter of {island} is refused: {reason}")
         self._finish(path, f"{path.removesuffix('.request')}.answer", write_refusal(reason))
 
     def _finish(self, path: str, answer: str, letter: bytes) -> None:
-        with contextlib.suppress(FileExistsError):  # of an attempt whose own answer was lost
-            self._store.create(answer, letter)
+        if path not in self._handled:
+            with contextlib.suppress(FileExistsError):  # of an attempt whose own answer was lost
+                self._store.create(answer, letter)
+        with self._remembering:
+            self._handled[path] = None
+            if len(self._handled) > MAX_HANDLED:
+                del self._handled[next(iter(self._handled))]
+        self._put_away(path)
+
+    def _put_away(self, path: str) -> None:
         self._store.delete(path)
-        self._handled[path] = None
         self._in_hand.discard(path)
-        if len(self._handled) > MAX_HANDLED:
-            del self._handled[next(iter(self._handled))]
 
     def _sweep(self, island: str, path: str) -> None:
         """Answers that an earlier process of this island did not live to read."""
@@ -181,7 +219,8 @@ class PostOffice:
             if name.endswith(".answer") and not name.startswith(process):
                 self._store.delete(f"{MAIL}/{island}/{name}")
 
-    def _say(self, text: str) -> None:
-        if text not in self._noted:
-            self._noted.add(text)
+    def _say(self, island: str, text: str) -> None:
+        text, noted = printable(text, MAX_NOTE), self._noted.setdefault(island, set())
+        if text not in noted and len(noted) < MAX_NOTES:
+            noted.add(text)
             self._note(text)

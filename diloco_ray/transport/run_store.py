@@ -6,15 +6,16 @@ read from the log, where they lie anyway. No port is opened, and nothing but byt
 A store that does not answer is waited for until the deadline; meanwhile the inner loop goes on to the end of its round.
 """
 
-import json
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination.messages import Contribution, Verdict
@@ -30,9 +31,11 @@ from diloco_ray.transport.letters import (
     NOTICE,
     Letter,
     LetterError,
+    Notice,
     Tidings,
     Token,
     plain,
+    printable,
     understood,
     write_letter,
 )
@@ -41,6 +44,8 @@ from diloco_ray.transport.protocol import Bytes, News, SnapshotState, Welcome
 T = TypeVar("T")
 QUICKEST_S = 0.02  # between two looks, where the store is a folder
 RECORDS_AT_ONCE = 8  # that `follow` brings
+LOOKS = 5  # for an answer, and then one whether there can be one
+_NOTICE = TypeAdapter(Notice)
 
 
 class RunStoreTransport(CallingTransport):
@@ -72,9 +77,13 @@ class RunStoreTransport(CallingTransport):
         return self._call("submit", contribution, payload=payload)
 
     def follow(self, island: str, incarnation: int, after: int, wait_s: float, held: str = "") -> News:
-        """As the coordinator says; records come from the log."""
+        """As the coordinator says; records come from the log, and a run is over for whoever has had them all."""
         tidings: Tidings = self._call("follow", island, incarnation, after, wait_s, held, wait_s=wait_s)
-        records = self._patiently("read the log", lambda: self._records_after(after)) if tidings.records else ()
+        is_over = tidings.standing == "over"
+        there = tidings.records or is_over
+        records = self._patiently("read the log", lambda: self._records_after(after)) if there else ()
+        if is_over and records:
+            return News("ok", records)
         return News(tidings.standing, records, tidings.plan, tidings.reason)
 
     def snapshot(self, first: bool = False) -> SnapshotState:
@@ -121,7 +130,11 @@ class RunStoreTransport(CallingTransport):
             self._patiently(method, partial(self._post, f"{path}.request", letter), until_s)
             body = self._await_answer(method, path, epoch, until_s)
             if body is not None:
-                return understood(gives, body["answer"])
+                try:
+                    return understood(gives, body.get("answer"))
+                except LetterError as error:
+                    raise CorruptionError(f"the coordinator's answer is not understood: {error}", where=path) from error
+            self._pause(self._poll_s, until_s, f"no coordinator answered '{method}'")
 
     def _new_path(self) -> str:
         with self._numbering:
@@ -140,38 +153,46 @@ class RunStoreTransport(CallingTransport):
             notice = read_notice(self._store)
             if notice is None:
                 trouble = "no coordinator has opened this run to islands from outside"
-            elif notice["state"] == "failed":
-                trouble = f"the run has failed ({notice['reason']}), and no coordinator has taken it up"
+            elif notice.state == "failed":
+                trouble = f"the run has failed ({notice.reason}), and no coordinator has taken it up"
             else:
-                return int(notice["fence_epoch"]), notice["reason"] if notice["state"] == "succeeded" else ""
+                return notice.fence_epoch, notice.reason if notice.state == "succeeded" else ""
             self._pause(self._poll_s, until_s, trouble)
 
     def _await_answer(self, method: str, path: str, epoch: int, until_s: float) -> dict[str, Any] | None:
-        """None where another coordinator reads the mail now."""
-        pause_s, looks = max(QUICKEST_S, self._poll_s / 10), 0
+        """None where it has to be written again."""
+        pause_s, looks, may_come = max(QUICKEST_S, self._poll_s / 10), 0, True
         while True:
+            looks += 1
+            if looks % LOOKS == 0:
+                may_come = self._patiently(method, lambda: self._may_be_answered(path, epoch, until_s), until_s)
             answer = self._patiently(method, lambda: self._store.read_if_there(f"{path}.answer"), until_s)
             if answer is not None:
                 return self._read(f"{path}.answer", answer)
-            looks += 1
-            if looks % 5 == 0:
-                now, ended = self._patiently(method, lambda: self._coordinator(until_s), until_s)
-                if now != epoch or ended:
-                    self._store.delete(f"{path}.request")
-                    return None
+            if not may_come:
+                self._discard(f"{path}.request")
+                return None
             self._pause(pause_s, until_s, f"the coordinator did not answer '{method}'")
             pause_s = min(self._poll_s, 1.5 * pause_s)
+
+    def _may_be_answered(self, path: str, epoch: int, until_s: float) -> bool:
+        """Whether it lies there, and whom it is for still reads the mail. An answer is there before its letter goes."""
+        return self._coordinator(until_s) == (epoch, "") and self._store.exists(f"{path}.request")
+
+    def _discard(self, path: str) -> None:
+        with suppress(StoreError):  # it is in nobody's way: the next process's hello sweeps it away
+            self._store.delete(path)
 
     def _read(self, path: str, answer: bytes) -> dict[str, Any] | None:
         try:
             letter = Letter.opened(path, answer)
             if letter.is_refusal:
-                raise refusal(self._token.island, str(letter.body.get("refused", "")))
+                raise refusal(self._token.island, printable(str(letter.body.get("refused", "")), 500))
             letter.check(self._token.key, self._run_id)
         except LetterError as error:
             raise CorruptionError(f"the coordinator's answer is not believed: {error}", where=path) from error
         finally:
-            self._store.delete(path)
+            self._discard(path)
         return None if "not_for" in letter.body else letter.body
 
     def _patiently(self, what: str, act: Callable[[], T], until_s: float | None = None) -> T:
@@ -205,10 +226,16 @@ class RunStoreTransport(CallingTransport):
         time.sleep(pause_s)
 
 
-def read_notice(store: RunStore) -> dict[str, Any] | None:
+def read_notice(store: RunStore) -> Notice | None:
     """What the coordinator lets islands know; None before there was one."""
     data = store.read_if_there(NOTICE)
-    return None if data is None else json.loads(data)
+    try:
+        return None if data is None else _NOTICE.validate_json(data)
+    except ValidationError as error:
+        remedy = "a coordinator that takes the run up writes a new one"
+        raise CorruptionError(
+            "this is not what a coordinator writes", where=store.url_of(NOTICE), remedy=remedy
+        ) from error
 
 
 def refusal(island: str, reason: str) -> RunMismatchError:

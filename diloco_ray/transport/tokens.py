@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from diloco_ray.errors import ConfigError
 from diloco_ray.log.run_store import RunStore
-from diloco_ray.transport.letters import ISLAND, LetterError, Token
+from diloco_ray.transport.letters import ISLAND, NOTICE, LetterError, Token
 
 TOKENS = "tokens"
 REMEMBERED_S = 10.0  # how long a look at the store is good for
@@ -28,53 +28,65 @@ def _write(store: RunStore, island: str, serial: str, expires: int, *, revoked: 
 
 def create_token(store: RunStore, run_id: str, secret: str, island: str, days: float | None = None) -> Token:
     """A new one, good at once. ConfigError for a name that no island can have."""
-    if not ISLAND.fullmatch(island):
+    if not ISLAND.fullmatch(island) or NOTICE.endswith(f"/{island}"):
         raise ConfigError(
             f"{island!r} is no name for an island",
             where="--name",
             remedy="take letters, digits, '.', '_' and '-', such as eu-1",
         )
-    token = Token.make(secret, run_id, island, expires=int(time.time() + 86400.0 * days) if days else 0)
+    token = Token.make(secret, run_id, island, expires=0 if days is None else int(time.time() + 86400.0 * days))
     _write(store, island, token.serial, token.expires, revoked=False)
     return token
 
 
 def revoke_tokens(store: RunStore, island: str) -> int:
-    """All that this island has been given; how many those were."""
+    """All that this island has been given; how many those were. What is written there does not matter any more."""
     serials = [name[: -len(".json")].rpartition("-") for name in store.list(TOKENS) if name.endswith(".json")]
     mine = [serial for name, _, serial in serials if name == island]
     for serial in mine:
-        expires = int(json.loads(store.read(_path(island, serial)))["expires"])
-        _write(store, island, serial, expires, revoked=True)
+        _write(store, island, serial, 0, revoked=True)
     return len(mine)
 
 
 class KeyRing:
-    """The keys of the islands' tokens, as long as those hold. Only whoever has the run's secret has one."""
+    """The keys of the islands' tokens, as long as those hold. Only whoever has the run's secret has one.
 
-    def __init__(self, store: RunStore, run_id: str, secret: str, clock: Callable[[], float] = time.time):
-        self._store, self._run_id, self._secret, self._now_s = store, run_id, secret, clock
+    wall_clock: says what has expired, and nothing else. clock: of what is remembered; it never goes back.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        run_id: str,
+        secret: str,
+        wall_clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._store, self._run_id, self._secret = store, run_id, secret
+        self._wall_clock, self._now_s = wall_clock, clock
         self._good_until_s: dict[tuple[str, str, int], float] = {}
         self._revoked: set[tuple[str, str]] = set()
 
     def token(self, island: str, serial: str, expires: int) -> Token:
         """LetterError where it does not hold."""
         now_s, name = self._now_s(), (island, serial, expires)
-        if expires and now_s > expires:
+        if expires and self._wall_clock() > expires:
             raise LetterError("token: it has expired")
-        if self._good_until_s.get(name, 0.0) < now_s:
+        if self._good_until_s.get(name, now_s) <= now_s:
             self._look_up(*name)
             self._good_until_s[name] = now_s + REMEMBERED_S
         return Token.make(self._secret, self._run_id, island, serial, expires)
 
     def _look_up(self, island: str, serial: str, expires: int) -> None:
-        data = self._store.read_if_there(_path(island, serial)) if serial.isalnum() else None
-        if data is None:
-            raise LetterError("token: this run has not given it out")
-        body = json.loads(data)
-        if body["revoked"]:
+        data = self._store.read_if_there(_path(island, serial))
+        try:
+            body = {} if data is None else json.loads(data)
+            is_revoked, is_given_out = body.get("revoked", False), body.get("expires") == expires
+        except (ValueError, AttributeError) as error:
+            raise LetterError("token: what this run wrote down about it is damaged") from error
+        if is_revoked:
             self._revoked.add((island, serial))
         if (island, serial) in self._revoked:
             raise LetterError("token: it has been revoked")
-        if body["expires"] != expires:
+        if not is_given_out:
             raise LetterError("token: this run has not given it out")
