@@ -79,7 +79,6 @@ def test_a_killed_rank_costs_its_islands_open_round_and_the_run_ends_as_one_proc
     train_in_process(open_run(RunConfig.from_dict(alone)))
     expected, began = final_parameters(run_folder(alone)), final_parameters(run_folder(alone), 0)
     moved = (expected - began).norm()
-    print("DIFF", (final_parameters(run_folder(recipe)) - expected).norm() / moved, output)
     assert (final_parameters(run_folder(recipe)) - expected).norm() < 0.02 * moved
 
 
