@@ -5,15 +5,13 @@ No test sleeps, and every call of the storage has its number.
 
 import json
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from diloco_ray.coordination.messages import Event, InnerPlan, Verdict
-from diloco_ray.coordinator.coordinator import Coordinator, Job
+from diloco_ray.coordination.messages import InnerPlan, Verdict
 from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.errors import StoreError
 from diloco_ray.log.record import Record, seal
@@ -26,7 +24,7 @@ from diloco_ray.transport.protocol import Doors
 from diloco_ray.transport.run_store import RunStoreTransport
 from diloco_ray.transport.tokens import KeyRing, create_token
 from tests.mail import SECRET
-from tests.small_run import RUN_ID, SmallIsland, begun, new_replica, records, small_job
+from tests.small_run import RUN_ID, SmallIsland, begun, coordinator_of, new_replica, records, small_job
 
 POLL_S = 1.0
 
@@ -136,22 +134,6 @@ class Mailroom:
         """The outer steps, after the whole run was verified."""
         assert verify(self.store, lambda run: new_replica(self.job)).problems == ()
         return records(self.store)
-
-
-def coordinator_of(store: RunStore, job: CoordinatorJob) -> Coordinator:
-    """Its jobs run at once, in the order in which they are given."""
-    queue: deque[Job] = deque()
-
-    def later(job: Job) -> None:
-        queue.append(job)
-        if len(queue) == 1:
-            while queue:
-                event: Event | None = queue[0]()
-                coordinator.receive(event)
-                queue.popleft()
-
-    coordinator = Coordinator(store, job, later=later, holder="test", pid=1)
-    return coordinator
 
 
 class Worker:

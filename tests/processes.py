@@ -26,7 +26,7 @@ from diloco_ray.run import open_run
 from diloco_ray.simulation.in_process import train_in_process
 
 CLI = [sys.executable, "-m", "diloco_ray.cli"]
-DEADLINE_S = 240.0
+DEADLINE_S = 300.0
 
 _UNINTERRUPTED: dict[str, list[str]] = {}
 

@@ -110,6 +110,21 @@ def restored(store: RunStore, job: CoordinatorJob) -> Replica:
     return replica
 
 
+def coordinator_of(store: RunStore, job: CoordinatorJob) -> Coordinator:
+    """Its jobs run at once, in the order in which they are given."""
+    queue: deque[Job] = deque()
+
+    def later(job: Job) -> None:
+        queue.append(job)
+        if len(queue) == 1:
+            while queue:
+                coordinator.receive(queue[0]())
+                queue.popleft()
+
+    coordinator = Coordinator(store, job, later=later, holder="test", pid=1)
+    return coordinator
+
+
 class Life:
     """One life of a coordinator whose jobs wait until they are asked for."""
 

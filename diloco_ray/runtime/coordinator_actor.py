@@ -102,6 +102,9 @@ class CoordinatorActor:
         """Waits until everything is written; the last status."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._worker, self._coordinator.report.flush)
+        if self._office:
+            with contextlib.suppress(FencedError, StoreError):
+                await loop.run_in_executor(self._files, self._office.close)
         if self._clock:
             self._clock.cancel()
         with contextlib.suppress(FencedError):

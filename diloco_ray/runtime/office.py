@@ -19,6 +19,7 @@ from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, Snaps
 from diloco_ray.transport.tokens import KeyRing
 
 DOOR_TIMEOUT_S = 90.0  # over the coordinator's own time-outs
+CLOSING_S = 20.0  # for the turn that is under way
 LARGE_LETTERS_AT_ONCE = 4
 
 
@@ -32,7 +33,7 @@ class Mail:
 
 
 class OfficeThread:
-    """Turns the office until the process ends. actor: its doors are coroutines; loop: theirs."""
+    """Turns the office until it is closed, or the process ends. actor: its doors are coroutines, of this loop."""
 
     def __init__(self, store: RunStore, job: CoordinatorJob, mail: Mail, coordinator: Coordinator, actor: Any):
         self._coordinator, self._mail = coordinator, mail
@@ -46,12 +47,21 @@ class OfficeThread:
             note=coordinator.report.note,
             beside=ThreadPoolExecutor(LARGE_LETTERS_AT_ONCE, thread_name_prefix="letters"),
         )
-        self._waiting = threading.Event()
-        threading.Thread(target=self._keep, name="office", daemon=True).start()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="office", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """The last turn, in which islands hear how the run ended. FencedError, StoreError: they do not hear it."""
+        self._closing.set()
+        self._thread.join(CLOSING_S)
+        state = self._coordinator.state
+        self._office.put_up_notice(self._mail.config, state.phase, state.reason)
+        self._office.turn()
 
     def _keep(self) -> None:
         pause_s, told, is_waiting = self._mail.poll_s / 10, "", False
-        while not (self._coordinator.is_fenced or self._waiting.wait(pause_s)):
+        while not (self._coordinator.is_fenced or self._closing.wait(pause_s)):
             state, was_busy = self._coordinator.state, False
             try:
                 if state.phase != told and (not told or ended(state)):

@@ -70,7 +70,6 @@ class RunStoreTransport(CallingTransport):
         self._store, self._run_id, self._token, self._process = store, run_id, token, process
         self._poll_s, self._deadline_s, self._new_replica = poll_s, deadline_s, new_replica
         self._numbers, self._numbering = 0, threading.Lock()
-        self._epoch: int | None = None
         self._is_told = False
 
     def submit(self, contribution: Contribution, payload: Bytes) -> Verdict:

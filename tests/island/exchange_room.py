@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diloco_ray.coordination.messages import Contribution, InnerPlan, Verdict
 from diloco_ray.coordination.settings import SyncSettings
-from diloco_ray.coordinator.coordinator import Coordinator, Job
+from diloco_ray.coordinator.coordinator import Coordinator
 from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.data.settings import DataSettings
 from diloco_ray.ids import island_name
@@ -26,25 +26,10 @@ from diloco_ray.log.run_store import RunStore
 from diloco_ray.model.settings import ModelSettings
 from diloco_ray.transport.in_memory import InMemoryTransport
 from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
-from tests.small_run import begun, small_job
+from tests.small_run import begun, coordinator_of, small_job
 
 PATIENCE_S = 30.0
 METRICS = {"loss": 2.0, "inner_seconds": 0.5}
-
-
-def coordinator_of(store: RunStore, job: CoordinatorJob) -> Coordinator:
-    """Its jobs run at once, in the order in which they are given."""
-    queue: deque[Job] = deque()
-
-    def later(job: Job) -> None:
-        queue.append(job)
-        if len(queue) == 1:
-            while queue:
-                coordinator.receive(queue[0]())
-                queue.popleft()
-
-    coordinator = Coordinator(store, job, later=later, holder="test", pid=1)
-    return coordinator
 
 
 class SeenThreads(OsThreads):

@@ -6,7 +6,6 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,15 +15,15 @@ import pytest
 
 from diloco_ray.algorithm.codecs import get_codec
 from diloco_ray.algorithm.replica import Replica
-from diloco_ray.coordination.messages import Event, InnerPlan, Verdict
-from diloco_ray.coordinator.coordinator import Coordinator, Job
+from diloco_ray.coordination.messages import InnerPlan, Verdict
+from diloco_ray.coordinator.coordinator import Coordinator
 from diloco_ray.errors import DeadlineError
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.follower import Follower
 from diloco_ray.transport.in_memory import InMemoryTransport
 from diloco_ray.transport.protocol import Beat, News, Transport
 from tests.mail import Correspondents, office_open
-from tests.small_run import SmallIsland, begun, join_all, new_replica, records, restored, small_job
+from tests.small_run import SmallIsland, begun, coordinator_of, join_all, new_replica, records, restored, small_job
 
 JOB = small_job(num_islands=2)
 JOB_PAYLOAD = get_codec(JOB.downlink).num_bytes(JOB.layout.num_values)
@@ -46,26 +45,10 @@ def cluster() -> Iterator[None]:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def coordinator_here(store: RunStore) -> Coordinator:
-    """Its jobs run at once, in the order in which they are given."""
-    queue: deque[Job] = deque()
-
-    def later(job: Job) -> None:
-        queue.append(job)
-        if len(queue) == 1:
-            while queue:
-                event: Event | None = queue[0]()
-                coordinator.receive(event)
-                queue.popleft()
-
-    coordinator = Coordinator(store, JOB, later=later, holder="test", pid=1)
-    return coordinator
-
-
 @contextlib.contextmanager
 def opened(carrier: str, store: RunStore, request: pytest.FixtureRequest) -> Iterator[Transport]:
     if carrier == "in memory":
-        yield InMemoryTransport(coordinator_here(store))
+        yield InMemoryTransport(coordinator_of(store, JOB))
         return
     if carrier.startswith("run store"):
         with by_mail(store) as transport:
@@ -88,7 +71,7 @@ def opened(carrier: str, store: RunStore, request: pytest.FixtureRequest) -> Ite
 @contextlib.contextmanager
 def by_mail(store: RunStore) -> Iterator[Transport]:
     """A coordinator whose office is open, and whoever writes to it."""
-    coordinator = coordinator_here(store)
+    coordinator = coordinator_of(store, JOB)
     with office_open(store, coordinator, JOB):
         yield Correspondents(store, JOB)
 
@@ -318,7 +301,7 @@ def test_a_follower_far_behind_is_given_every_record_in_order(
 
 def test_a_backlog_is_told_in_parts(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diloco_ray.coordinator.feed.ANSWER_BYTES", 2 * JOB_PAYLOAD)
-    line, islands = InMemoryTransport(coordinator_here(store)), [SmallIsland(number, JOB) for number in range(2)]
+    line, islands = InMemoryTransport(coordinator_of(store, JOB)), [SmallIsland(number, JOB) for number in range(2)]
     join_all(line, islands)
     for done in range(3):
         one_round(line, islands, done)
