@@ -199,9 +199,6 @@ class RunConfig(Settings):
         if external > self.max_islands:
             what = f"cluster.external_islands={external} is more than the {self.max_islands} islands there may be"
             raise ValueError(f"{what}; choose at most {self.max_islands}, or allow more `islands`")
-        if external and self.inner.ranks > 1:
-            what = f"cluster.external_islands={external} with inner.ranks={self.inner.ranks} is not supported"
-            raise ValueError(f"{what}; set inner.ranks=1, or cluster.external_islands=0")
         if external and self.sync.heartbeat_timeout_s < 5 * self.sync.poll_s:
             what = f"sync.heartbeat_timeout_s={self.sync.heartbeat_timeout_s:g} with sync.poll_s={self.sync.poll_s:g}"
             least = 5 * self.sync.poll_s

@@ -73,6 +73,10 @@ class Command:
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(timeout=30)
 
+    def interrupt(self) -> None:
+        """Ctrl-C, to this process alone."""
+        os.kill(self._process.pid, signal.SIGINT)
+
     def stop(self) -> None:
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -134,7 +138,8 @@ class Watched:
     def __init__(self, config: RunConfig):
         self._all.append(self)
         self._is_to_stop = False
-        self.status: dict[str, Any] = {}
+        self._seen: list[dict[str, Any]] = []
+        self._num_looked_at = 0
         self.texts: list[str] = []
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._fit, args=(config,), daemon=True)
@@ -156,13 +161,25 @@ class Watched:
 
     def _watch(self, status: Any, events: list[dict[str, Any]]) -> None:
         assert not self._is_to_stop
-        self.status = dict(status) or self.status
+        self._seen += [dict(status)] if status else []
         self.texts += [event["text"] for event in events if event["event"] == "decision"]
 
-    def wait_until(self, condition: Callable[[dict[str, Any]], bool], what: str) -> None:
-        until = time.monotonic() + 120
-        while not (self.status and condition(self.status)):
+    @property
+    def status(self) -> dict[str, Any]:
+        """The newest."""
+        return self._seen[-1]
+
+    def wait_until(self, condition: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+        """The first status that fulfils the condition, of all that came since the one that the last call returned."""
+        until = time.monotonic() + DEADLINE_S
+        while True:
+            is_over = not self._thread.is_alive()
+            for status in self._seen[self._num_looked_at :]:
+                self._num_looked_at += 1
+                if condition(status):
+                    return status
             assert self.error is None, self.error
+            assert not is_over, f"the run was over before {what}: {self.status}"
             assert time.monotonic() < until, f"{what}: {self.status}"
             time.sleep(0.05)
 

@@ -237,10 +237,6 @@ def test_a_recipe_is_plain_yaml_with_sections() -> None:
             ["inner.ranks=2", "inner.parallel=fsdp", "inner.optimizer=muon"],
             ["optimizer=muon with ranks=2 and parallel=fsdp", "set inner.parallel=ddp"],
         ),
-        (
-            ["inner.ranks=2", "cluster.external_islands=1"],
-            ["external_islands=1 with inner.ranks=2", "set inner.ranks=1"],
-        ),
         (["inner.ranks=0"], ["choose inner.ranks at least 1"]),
         (["cluster.rank_timeout_s=0"], ["choose cluster.rank_timeout_s at least 1"]),
     ],

@@ -1,10 +1,11 @@
-"""The Ray cluster: connecting to one or starting one, and whether it can hold the islands."""
+"""The Ray cluster: connecting to one or starting one, and the islands' places in it."""
 
 import logging
 import os
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +14,9 @@ from ray._private.state import state as rays_state
 
 from diloco_ray.config import ClusterSettings
 from diloco_ray.errors import ClusterError
+from diloco_ray.runtime.island_actor import GangActor, IslandActor
 
+POLL_S = 0.25
 LISTENS_WITHIN_S = 10.0
 OWN = "{island}"  # in a label's value: the island's own name
 
@@ -67,7 +70,7 @@ def selector_of(settings: ClusterSettings, island: str) -> dict[str, str]:
     return {key: value.replace(OWN, island) for key, value in settings.label_selector.items()}
 
 
-def placeable(settings: ClusterSettings, islands: Sequence[str], ranks: int = 1) -> list[str]:
+def placeable(settings: ClusterSettings, islands: Sequence[str], ranks: int) -> list[str]:
     """Those of the islands that the nodes of this moment can hold, by their total resources and labels, in order.
 
     An island of several ranks may lie on several nodes.
@@ -100,7 +103,29 @@ def this_node_is_draining() -> bool:
     return ray.get_runtime_context().get_node_id() in draining()
 
 
-def describe_shortage(settings: ClusterSettings, islands: Sequence[str], least: int, ranks: int = 1) -> str:
+def wait_for_places(
+    settings: ClusterSettings,
+    islands: Sequence[str],
+    ranks: int,
+    tell: Callable[[str], None],
+    *,
+    least: int,
+    where: str,
+    remedy: str,
+) -> None:
+    """Until the least of the islands can be placed. Tells what is missing; ClusterError if it is for too long."""
+    until_s, is_told = time.monotonic() + settings.placement_timeout_s, False
+    while len(placeable(settings, islands, ranks)) < least:
+        shortage = _describe_shortage(settings, islands, ranks, least)
+        if not is_told:
+            tell(f"{shortage}; waiting up to {settings.placement_timeout_s:g} s")
+            is_told = True
+        if time.monotonic() > until_s:
+            raise ClusterError(f"{shortage} after {settings.placement_timeout_s:g} s", where=where, remedy=remedy)
+        time.sleep(POLL_S)
+
+
+def _describe_shortage(settings: ClusterSettings, islands: Sequence[str], ranks: int, least: int) -> str:
     """What the cluster lacks for the least of these islands, in numbers."""
     placed = placeable(settings, islands, ranks)
     have = ray.cluster_resources()
@@ -114,6 +139,13 @@ def describe_shortage(settings: ClusterSettings, islands: Sequence[str], least: 
     if any(OWN in value for value in settings.label_selector.values()):
         parts.append(f"no node for {', '.join(island for island in islands if island not in placed)}")
     return f"the cluster can place {len(placed)} of at least {least} islands{of_ranks}{labels} ({'; '.join(parts)})"
+
+
+def place_island(settings: ClusterSettings, island: str, ranks: int) -> Any:
+    """An actor for the island, to be told `live`."""
+    if ranks > 1:
+        return GangActor.remote(settings)
+    return IslandActor.options(**actor_options(settings.island_resources, selector_of(settings, island))).remote()
 
 
 def actor_options(resources: Mapping[str, float], label_selector: Mapping[str, str] | None = None) -> dict[str, Any]:

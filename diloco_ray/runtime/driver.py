@@ -25,14 +25,13 @@ from diloco_ray.errors import (
 )
 from diloco_ray.ids import island_name
 from diloco_ray.run import Run
-from diloco_ray.runtime.cluster import actor_options, describe_shortage, placeable, selector_of
+from diloco_ray.runtime.cluster import POLL_S, actor_options, place_island, placeable, wait_for_places
 from diloco_ray.runtime.coordinator_actor import MAX_WAITING_CALLS, CoordinatorActor
-from diloco_ray.runtime.island_actor import EvaluatorActor, GangActor, IslandActor
+from diloco_ray.runtime.island_actor import EvaluatorActor
 from diloco_ray.runtime.island_process import PREEMPTED
 from diloco_ray.runtime.office import Mail
 from diloco_ray.transport.ray_object_store import RayTransport
 
-POLL_S = 0.25
 GONE_S = 15.0  # an actor that Ray calls dead for so long, it will not start again
 EVALUATION_TIMEOUT_S = 600.0  # for what is left to measure when training is over
 HOPELESS = (ConfigError, CorruptionError, DataError, RunMismatchError, StoreError)
@@ -54,32 +53,22 @@ def train_on_ray(run: Run, watch: Watcher, secret: str = "") -> dict[str, Any]:
 
     secret: what the tokens of islands from outside are made of, where the recipe has such islands.
     """
-    names = [island_name(number) for number in range(run.config.max_islands - run.config.cluster.external_islands)]
-    _wait_for_places(run, names, watch)
+    cluster = run.config.cluster
+    names = [island_name(number) for number in range(run.config.max_islands - cluster.external_islands)]
+    wait_for_places(
+        cluster,
+        names,
+        run.config.inner.ranks,
+        lambda text: watch({}, [{"event": "decision", "text": text}]),
+        least=run.config.min_islands - cluster.external_islands,
+        where="cluster.island_resources",
+        remedy="add nodes, lower `islands`, or ask for less in cluster.island_resources",
+    )
     driver = _Driver(run, names, watch, secret)
     try:
         return driver.run_to_the_end()
     finally:
         driver.stop()
-
-
-def _wait_for_places(run: Run, names: Sequence[str], watch: Watcher) -> None:
-    cluster, least = run.config.cluster, run.config.min_islands - run.config.cluster.external_islands
-    ranks = run.config.inner.ranks
-    until = time.monotonic() + cluster.placement_timeout_s
-    told = False
-    while len(placeable(cluster, names, ranks)) < least:
-        shortage = describe_shortage(cluster, names, least, ranks)
-        if not told:
-            watch({}, [{"event": "decision", "text": f"{shortage}; waiting up to {cluster.placement_timeout_s:g} s"}])
-            told = True
-        if time.monotonic() > until:
-            raise ClusterError(
-                f"{shortage} after {cluster.placement_timeout_s:g} s",
-                where="cluster.island_resources",
-                remedy="add nodes, lower `islands`, or ask for less in cluster.island_resources",
-            )
-        time.sleep(POLL_S)
 
 
 class _Driver:
@@ -127,14 +116,8 @@ class _Driver:
         cluster, job = self._run.config.cluster, self._run.island_job()
         speed, sync = self._run.speed_of(self._names.index(name)), self._run.config.sync
         connect = partial(RayTransport, self._coordinator, sync.coordinator_timeout_s)
-        if job.inner.ranks > 1:
-            actor = GangActor.remote()
-            ref = actor.live.remote(job, name, process, connect, sync, speed, cluster)
-        else:
-            options = actor_options(cluster.island_resources, selector_of(cluster, name))
-            actor = IslandActor.options(**options).remote()
-            ref = actor.live.remote(job, name, process, connect, sync, speed)
-        self._lives[ref] = Life(name, process, actor)
+        actor = place_island(cluster, name, job.inner.ranks)
+        self._lives[actor.live.remote(job, name, process, connect, sync, speed)] = Life(name, process, actor)
 
     def _start_evaluator(self) -> None:
         resources = self._run.config.evaluation.resources

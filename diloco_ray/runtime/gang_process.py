@@ -31,18 +31,20 @@ def live_as_gang(
     sync: SyncSettings,
     speed: float,
     cluster: ClusterSettings,
+    home: Any,
 ) -> str:
-    """As `island_process.live_as_island`, with job.inner.ranks processes. Raises what ended the first rank to fail."""
+    """As `island_process.live_as_island`, with job.inner.ranks processes. Raises what ended the first rank to fail.
+
+    home: the island's GangActor, which knows whether it has been sent home.
+    """
 
     def rank() -> str:
         from diloco_ray.runtime.island_process import live_as_rank
 
-        return live_as_rank(job, name, process, connect, sync, speed, cluster.rank_timeout_s)
+        return live_as_rank(job, name, process, connect, sync, speed, cluster.rank_timeout_s, home)
 
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a recipe's relative paths are meant from where the driver is
-    with tempfile.TemporaryDirectory(
-        prefix="dr-gang-"
-    ) as scratch:  # Ray Train wants a folder, and gets nothing to keep
+    with tempfile.TemporaryDirectory(prefix="dr-gang-") as scratch:  # Ray Train wants one, and gets nothing to keep
         trainer = TorchTrainer(
             rank,
             torch_config=TorchConfig(timeout_s=int(cluster.rank_timeout_s)),

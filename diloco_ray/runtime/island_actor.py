@@ -35,7 +35,7 @@ def _lives() -> Any:
 
 @ray.remote(max_restarts=0, max_task_retries=0)
 class IslandActor:
-    """An island that is a node, or part of one, of a Ray cluster: the coordinator's, or one of its own."""
+    """An island of one process, on the coordinator's Ray cluster or one of its own."""
 
     def __init__(self) -> None:
         self._lives = _lives()
@@ -49,9 +49,23 @@ class IslandActor:
         return self._lives.live_as_island(*arguments)
 
 
-@ray.remote(max_restarts=0, max_task_retries=0, num_cpus=0)
+@ray.remote(max_restarts=0, max_task_retries=0, num_cpus=0, max_concurrency=4)
 class GangActor:
-    """An island of several ranks. These are processes of their own, and end with this one."""
+    """An island of several ranks. These are processes of their own, and end with this one. cluster: ClusterSettings."""
+
+    def __init__(self, cluster: Any) -> None:
+        self._cluster, self._is_sent_home = cluster, False
+
+    def place(self) -> tuple[str, int]:
+        """Ray's id of its node, and its process there."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def send_home(self) -> None:
+        """The ranks learn of it as of a notice that their node is draining."""
+        self._is_sent_home = True
+
+    def is_sent_home(self) -> bool:
+        return self._is_sent_home
 
     def live(self, *arguments: Any) -> str:
         """As `gang_process.live_as_gang`."""
@@ -61,7 +75,7 @@ class GangActor:
             remedy = "install the Ray that constraints.txt names, or set inner.ranks=1"
             what = f"Ray {ray.__version__} is too old for islands of several ranks: {error}"
             raise ConfigError(what, where="inner.ranks", remedy=remedy) from error
-        return gang_process.live_as_gang(*arguments)
+        return gang_process.live_as_gang(*arguments, self._cluster, ray.get_runtime_context().current_actor)
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, num_cpus=0)

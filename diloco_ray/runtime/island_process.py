@@ -6,9 +6,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import ray
+from ray import exceptions
 
 from diloco_ray.coordination.settings import SyncSettings
 from diloco_ray.errors import DiLoCoError
@@ -45,23 +47,43 @@ def live_as_island(
 
 
 def live_as_rank(
-    job: IslandJob, name: str, process: str, connect: Connect, sync: SyncSettings, speed: float, rank_timeout_s: float
+    job: IslandJob,
+    name: str,
+    process: str,
+    connect: Connect,
+    sync: SyncSettings,
+    speed: float,
+    rank_timeout_s: float,
+    home: Any,
 ) -> str:
-    """As `live_as_island`, for one rank of an island, in a process group that is there already."""
+    """As `live_as_island`, for one rank of an island, in a process group that is there already. home: its GangActor."""
     with collecting_later():
         gang = Gang(name, rank_timeout_s)
         island = Island(job, _identity(name, process), connect() if gang.leads else None, gang=gang)
-    return _live(island, island.exchange if gang.leads else None, sync, speed)
+    return _live(island, island.exchange if gang.leads else None, sync, speed, partial(_is_sent_home, home))
+
+
+def _is_sent_home(home: Any) -> bool:
+    try:
+        return ray.get(home.is_sent_home.remote(), timeout=LOOK_EVERY_S)
+    except exceptions.RayError:
+        return False
 
 
 def _identity(name: str, process: str) -> Identity:
     return Identity(name, process, os.getpid(), ray.util.get_node_ip_address())
 
 
-def _live(island: Island, lead: Exchange | None, sync: SyncSettings, speed: float) -> str:
+def _live(
+    island: Island,
+    lead: Exchange | None,
+    sync: SyncSettings,
+    speed: float,
+    is_sent_home: Callable[[], bool] = lambda: False,
+) -> str:
     """lead: of the process that speaks with the coordinator."""
     why = OVER
-    with _preemptible(island.link.fail):
+    with _preemptible(island.link.fail, is_sent_home):
         try:
             _train(island, lead, sync, speed)
         except PreemptedError:
@@ -97,10 +119,10 @@ def _train(island: Island, lead: Exchange | None, sync: SyncSettings, speed: flo
 
 
 @contextlib.contextmanager
-def _preemptible(fail: Callable[[Exception], None]) -> Iterator[None]:
+def _preemptible(fail: Callable[[Exception], None], is_sent_home: Callable[[], bool]) -> Iterator[None]:
     """In this block, SIGTERM or Ray's notice that the node is draining ends the island's work with PreemptedError.
 
-    Only a process's main thread hears signals: a rank, which Ray Train runs in another one, goes by the notice alone.
+    Only a process's main thread hears signals: for a rank, which Ray Train runs in another one, `is_sent_home` is asked.
     """
     done, hears_signals = threading.Event(), threading.current_thread() is threading.main_thread()
 
@@ -109,7 +131,7 @@ def _preemptible(fail: Callable[[Exception], None]) -> Iterator[None]:
 
     def look() -> None:
         while not done.wait(LOOK_EVERY_S):
-            if this_node_is_draining():
+            if this_node_is_draining() or is_sent_home():
                 tell()
 
     rays_own = signal.signal(signal.SIGTERM, tell) if hears_signals else None

@@ -20,9 +20,8 @@ from diloco_ray.document import replica_of
 from diloco_ray.errors import ClusterError, DiLoCoError
 from diloco_ray.observe.status import read_status
 from diloco_ray.run import Run
-from diloco_ray.runtime.cluster import actor_options, describe_shortage, placeable, selector_of
-from diloco_ray.runtime.driver import POLL_S, raise_if_hopeless, reason_of
-from diloco_ray.runtime.island_actor import IslandActor
+from diloco_ray.runtime.cluster import POLL_S, place_island, wait_for_places
+from diloco_ray.runtime.driver import raise_if_hopeless, reason_of
 from diloco_ray.runtime.island_process import OVER
 from diloco_ray.transport.letters import Token
 from diloco_ray.transport.run_store import RunStoreTransport
@@ -37,7 +36,15 @@ def join_on_ray(run: Run, token: Token, tell: Callable[[str], None]) -> str:
     An island that dies is started again, and goes on from its own checkpoint with the data that it had. ClusterError
     where it dies too often; errors that a restart would meet again as they are.
     """
-    _wait_for_a_place(run, token.island, tell)
+    wait_for_places(
+        run.config.cluster,
+        [token.island],
+        run.config.inner.ranks,
+        tell,
+        least=1,
+        where="this cluster",
+        remedy="give this cluster more, or this island less: `--resource`",
+    )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` means the same as Ctrl-C
     failures = 0
@@ -67,22 +74,6 @@ def join_on_ray(run: Run, token: Token, tell: Callable[[str], None]) -> str:
             outpost.close()
 
 
-def _wait_for_a_place(run: Run, island: str, tell: Callable[[str], None]) -> None:
-    cluster = run.config.cluster
-    until_s, is_told = time.monotonic() + cluster.placement_timeout_s, False
-    while not placeable(cluster, [island]):
-        shortage = describe_shortage(cluster, [island], 1)
-        if time.monotonic() > until_s:
-            remedy = "give this cluster more, or this island less: `--resource`"
-            raise ClusterError(
-                f"{shortage} after {cluster.placement_timeout_s:g} s", where="this cluster", remedy=remedy
-            )
-        if not is_told:
-            tell(f"{shortage}; waiting up to {cluster.placement_timeout_s:g} s")
-            is_told = True
-        time.sleep(POLL_S)
-
-
 def connect(run: Run, token: Token, process: str) -> RunStoreTransport:
     """The line of one process of an island."""
     return RunStoreTransport(
@@ -101,9 +92,8 @@ class _Outpost:
 
     def __init__(self, run: Run, token: Token):
         cluster, process = run.config.cluster, uuid.uuid4().hex
-        self._actor: Any = IslandActor.options(
-            **actor_options(cluster.island_resources, selector_of(cluster, token.island))
-        ).remote()
+        self._has_ranks = run.config.inner.ranks > 1
+        self._actor: Any = place_island(cluster, token.island, run.config.inner.ranks)
         self._node, self._pid = ray.get(self._actor.place.remote(), timeout=cluster.placement_timeout_s)
         line = partial(connect, run, token, process)
         self._life: Any = self._actor.live.remote(run.island_job(), token.island, process, line, run.config.sync)
@@ -115,12 +105,15 @@ class _Outpost:
         return ray.get(self._life, timeout=POLL_S)
 
     def send_home(self) -> None:
-        """As a machine's notice would: what is done is sent, work in hand is given back. Only on this very node: there
-        is no other way to tell a process that is busy."""
-        if self._node != ray.get_runtime_context().get_node_id():
-            return
+        """As a machine's notice would: what is done is sent, work in hand is given back. One process only on this very
+        node: there is no other way to tell it while it is busy."""
         with contextlib.suppress(ProcessLookupError, exceptions.RayError):
-            os.kill(self._pid, signal.SIGTERM)
+            if self._has_ranks:
+                ray.get(self._actor.send_home.remote(), timeout=FAREWELL_S)
+            elif self._node == ray.get_runtime_context().get_node_id():
+                os.kill(self._pid, signal.SIGTERM)
+            else:
+                return
             ray.get(self._life, timeout=FAREWELL_S)
 
     def close(self) -> None:

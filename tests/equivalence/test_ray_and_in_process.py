@@ -9,7 +9,6 @@ from tests.processes import assert_whole, run_folder, training, uninterrupted, w
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(420)
 @pytest.mark.parametrize("fragments", [1, 2])
 def test_a_run_on_ray_equals_the_in_process_run_of_the_same_seeds_bit_for_bit(
     tiny: dict[str, Any], tmp_path: Path, fragments: int

@@ -17,7 +17,7 @@ from tests.k8s.manifests import ROOT, entrypoints
 from tests.processes import Command, wait_for
 from tests.recovery.test_head_node import head_node
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(540)]
+pytestmark = pytest.mark.ray
 COMMANDS = entrypoints()
 
 

@@ -23,7 +23,7 @@ from diloco_ray.log.verify import verify
 from tests.processes import Watched, run_folder
 from tests.recovery.bad_models import VICTIM
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,8 +57,7 @@ def test_an_island_that_stands_still_is_given_up_and_replaced_and_its_process_en
     body["inner"] = {**tiny["inner"], "steps_per_round": 500}
     body["sync"] = {"heartbeat_every_s": 0.5, "heartbeat_timeout_s": 5.0}  # a busy machine starves nobody that long
     watched = Watched(RunConfig.from_dict(body))
-    watched.wait_until(lambda s: s["contributions"]["applied"] == 2, "both train")
-    frozen = watched.status["islands"][0]
+    frozen = watched.wait_until(lambda s: s["contributions"]["applied"] == 2, "both train")["islands"][0]
     os.kill(frozen["pid"], signal.SIGSTOP)
     try:
         watched.wait_until(lambda s: s["islands"][0]["state"] == "lost", "it is given up")

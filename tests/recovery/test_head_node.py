@@ -16,7 +16,7 @@ import pytest
 from diloco_ray.errors import DeadlineError
 from tests.processes import assert_whole, digests, run_folder, training, uninterrupted, write_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+pytestmark = pytest.mark.ray
 
 
 class HeadNode:

@@ -20,7 +20,7 @@ from diloco_ray.log.verify import verify
 from diloco_ray.observe.events import of_kind, read_events
 from tests.processes import CLI, Command, assert_whole, uninterrupted, wait_for, write_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "a secret of these tests, long enough"
 
@@ -59,8 +59,8 @@ class Bucket:
         is_there = f"{least} outer steps"
         wait_for(lambda: max(numbered(self.store, "log"), default=0) >= least, is_there, self._commands[0])
 
-    def joined(self) -> list[str]:
-        return [e["text"] for e in of_kind(read_events(self.store), "decision") if "joined" in e["text"]]
+    def decisions(self) -> list[str]:
+        return [event["text"] for event in of_kind(read_events(self.store), "decision")]
 
     def stop(self) -> None:
         for command in reversed(self._commands):
@@ -136,3 +136,21 @@ def test_an_island_whose_token_is_revoked_is_told_so_and_ends(body: dict[str, An
         output = outside.wait_for_end(7)
         assert "the coordinator refuses this island: token: it has been revoked" in output
         assert SECRET not in output
+
+
+def test_an_island_of_two_ranks_gives_its_work_back_when_it_is_interrupted_and_joins_again(
+    body: dict[str, Any], tmp_path: Path
+) -> None:
+    body |= {"islands": 1, "rounds": 6, "cluster": {"island_resources": {"CPU": 0.5}}}
+    body["inner"] = {**body["inner"], "ranks": 2, "steps_per_round": 600}
+    with bucket(body, tmp_path) as run:
+        coordinator = run.coordinator("--islands", "external")
+        first = run.island("eu-1")
+        run.wait_for_outer_steps(1)
+        first.interrupt()
+        assert "interrupted" in first.wait_for_end(130)
+        assert any("eu-1 left: preempted" in text for text in run.decisions())
+        again = run.island("eu-1")
+        coordinator.wait_for_end()
+        again.wait_for_end()
+        assert verify(run.store, replica_of).problems == ()

@@ -10,7 +10,7 @@ import pytest
 
 from tests.processes import Train, assert_whole, digests, run_folder, training, uninterrupted, write_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from diloco_ray.run import open_run, read_run
 from diloco_ray.simulation.in_process import train_in_process
 from tests.processes import Train, run_folder, training, write_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def recipe(tiny: dict[str, Any]) -> dict[str, Any]:
     body = deepcopy(tiny)
     body |= {"islands": 2, "rounds": 3}
     body["inner"] |= {"ranks": 2, "parallel": "fsdp", "steps_per_round": 100, "optimizer": "sgd", "learning_rate": 0.1}
-    body["sync"] = {"heartbeat_every_s": 0.1, "fragments": 2, "uplink": "int4", "downlink": "int4"}
+    body["sync"] = {"heartbeat_every_s": 0.1, "fragments": 2, "offsets": "together", "uplink": "int4", "downlink": "int4"}
     body["cluster"] = {"island_resources": {"CPU": 0.25}, "rank_timeout_s": 30}
     return body
 

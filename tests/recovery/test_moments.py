@@ -14,7 +14,7 @@ from diloco_ray.log.run_store import RunStore
 from diloco_ray.observe.events import of_kind, read_events
 from tests.processes import Train, assert_whole, run_folder, training, uninterrupted, write_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+pytestmark = pytest.mark.ray
 FAST, SLOW = "island-00", "island-01"
 
 

@@ -11,7 +11,7 @@ from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.run_store import RunStore
 from tests.processes import Train, assert_whole, run_folder, training, uninterrupted, write_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+pytestmark = pytest.mark.ray
 FENCED = 6
 
 

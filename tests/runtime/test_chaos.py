@@ -10,7 +10,7 @@ import pytest
 from diloco_ray.runtime.storm import SHARES
 from tests.processes import CLI, write_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+pytestmark = pytest.mark.ray
 
 
 def test_a_run_gets_over_a_storm_and_the_command_proves_it(tiny: dict[str, Any], tmp_path: Path) -> None:

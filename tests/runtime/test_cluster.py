@@ -7,7 +7,7 @@ import ray
 
 from diloco_ray.config import ClusterSettings
 from diloco_ray.errors import ClusterError
-from diloco_ray.runtime.cluster import connected, describe_shortage, placeable
+from diloco_ray.runtime.cluster import connected, placeable, wait_for_places
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
@@ -37,6 +37,11 @@ def test_ranks_of_an_island_may_lie_on_several_nodes_with_its_labels(monkeypatch
     near = everywhere.model_copy(update={"label_selector": {"zone": "a"}})
     assert placeable(near, names, 4) == names[:1]
     assert placeable(near, names, 6) == []
-    text = describe_shortage(near, names, 2, 4)
-    assert text.startswith("the cluster can place 1 of at least 2 islands of 4 ranks on nodes labelled {'zone': 'a'}")
-    assert "GPU: 8 needed, 13 in the cluster" in text
+    told: list[str] = []
+    soon = near.model_copy(update={"placement_timeout_s": 0.0})
+    with pytest.raises(ClusterError) as caught:
+        wait_for_places(soon, names, 4, told.append, least=2, where="here", remedy="more")
+    text = "the cluster can place 1 of at least 2 islands of 4 ranks on nodes labelled {'zone': 'a'}"
+    text += " (GPU: 8 needed, 13 in the cluster)"
+    assert caught.value.what == f"{text} after 0 s"
+    assert told == [f"{text}; waiting up to 0 s"]

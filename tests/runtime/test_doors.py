@@ -21,7 +21,7 @@ from diloco_ray.model.export import validation_loss
 from diloco_ray.run import read_run
 from tests.processes import CLI, run_folder, write_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -24,7 +24,7 @@ from diloco_ray.runtime import driver
 from diloco_ray.runtime.coordinator_actor import CoordinatorActor
 from tests.processes import Watched, num_alive, run_folder
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.ray
 NODE = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 100_000_000}
 
 
@@ -79,8 +79,8 @@ def test_islands_join_as_nodes_come_and_the_others_go_on_as_nodes_go(cluster: Cl
         "cluster": {"island_resources": {"CPU": 1}},
     }
     watched = Watched(RunConfig.from_dict(body))
-    watched.wait_until(lambda s: s["rounds"] >= 1, "two islands train")
-    assert num_alive(watched.status) == 2
+    status = watched.wait_until(lambda s: s["rounds"] >= 1, "two islands train")
+    assert num_alive(status) == 2
     node = add_node(cluster)
     watched.wait_until(lambda s: s["contributions"]["applied"] == 4, "four islands train")
     cluster.remove_node(node, allow_graceful=False)
@@ -132,8 +132,7 @@ def test_a_coordinator_on_a_frozen_node_is_fenced_when_ray_has_started_it_elsewh
     monkeypatch.setattr(driver, "CoordinatorActor", Seated)
     body = elastic(tiny, rounds=30)
     watched = Watched(RunConfig.from_dict(body))
-    watched.wait_until(lambda s: s["outer_steps"] >= 1, "it trains")
-    before = watched.status
+    before = watched.wait_until(lambda s: s["outer_steps"] >= 1, "it trains")
     (raylet,) = first.all_processes["raylet"]
     os.kill(raylet.process.pid, signal.SIGSTOP)
     try:
@@ -162,12 +161,12 @@ def test_islands_go_only_to_nodes_with_the_labels_that_the_recipe_names_and_each
     }.items():
         with pytest.raises(ClusterError, match=missing):
             Watched(RunConfig.from_dict({**body, "name": "nowhere"})).join()
-    watched = Watched(RunConfig.from_dict({**tiny, "islands": 2, "cluster": labels}))
-    watched.wait_until(lambda s: num_alive(s) == 2, "both islands are placed")
+    watched = Watched(RunConfig.from_dict({**elastic(tiny, rounds=20), "islands": 2, "cluster": labels}))
+    status = watched.wait_until(lambda s: num_alive(s) == 2, "both islands are placed")
     sites = {node["NodeID"]: node["Labels"].get("site") for node in ray.nodes()}
-    islands = [a for a in all_actors().values() if a["ActorClassName"] == "IslandActor" and a["State"] == "ALIVE"]
+    islands = [actor for actor in all_actors().values() if actor["ActorClassName"] == "IslandActor"]
     at = {island["Pid"]: sites[island["Address"]["NodeID"]] for island in islands}
-    assert {island["name"]: at[island["pid"]] for island in watched.status["islands"]} == {
+    assert {island["name"]: at[island["pid"]] for island in status["islands"]} == {
         "island-00": "island-00",
         "island-01": "island-01",
     }

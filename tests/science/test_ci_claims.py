@@ -18,8 +18,6 @@ from diloco_ray.config import RunConfig
 from diloco_ray.run import open_run
 from diloco_ray.simulation.in_process import train_in_process
 
-pytestmark = pytest.mark.timeout(900)  # a minute of work, on machines that others may be using
-
 JOBS = Path(__file__).parents[2] / "jobs"
 COMMON = ("data.corpus=stdlib", "evaluation.sample_tokens=0", "evaluation.every_rounds=100")
 ROUNDS = ("inner.steps_per_round=20", "rounds=20")

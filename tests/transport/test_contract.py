@@ -28,7 +28,7 @@ from tests.small_run import SmallIsland, begun, coordinator_of, join_all, new_re
 JOB = small_job(num_islands=2)
 JOB_PAYLOAD = get_codec(JOB.downlink).num_bytes(JOB.layout.num_values)
 PATIENCE_S = 60.0
-RAY = pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(240)])
+RAY = pytest.param("ray", marks=pytest.mark.ray)
 CARRIERS = ["in memory", "run store: folder", "run store: memory", "run store: S3", RAY]
 
 
@@ -322,7 +322,6 @@ def test_measurements_are_remembered_by_their_outer_step(line: Transport) -> Non
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(240)
 def test_over_ray_a_follower_sleeps_until_there_is_news(
     request: pytest.FixtureRequest, islands: list[SmallIsland], folder: RunStore
 ) -> None:
@@ -355,7 +354,6 @@ def wait_until_gone(actor: Any) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(240)
 def test_over_ray_a_dead_coordinator_is_waited_for_until_the_deadline_and_named(
     request: pytest.FixtureRequest, folder: RunStore
 ) -> None:
