@@ -29,6 +29,7 @@ from diloco_ray.runtime.driver import train_on_ray
 from diloco_ray.runtime.outpost import join_on_ray
 from diloco_ray.transport import tokens
 from diloco_ray.transport.letters import MAIL, Token
+from diloco_ray.transport.run_store import read_notice
 
 SECRET, LEAST_SECRET = "DILOCO_RAY_SECRET", 16
 
@@ -117,7 +118,7 @@ def load_model(run: Run, at: int | None = None) -> nn.Module:
 
 
 def finished_status(run: Run) -> dict[str, Any] | None:
-    """The last status of a run that has nothing left to do, measured to its end; else None."""
+    """The last status of a run that has nothing left to do: measured to its end, and no island waits for word of it."""
     if not run.store.exists("status.json"):
         return None
     try:
@@ -127,7 +128,13 @@ def finished_status(run: Run) -> dict[str, Any] | None:
     index = RunLog.open(run.store).tail.index
     measured = (status["validation"]["last"] or {}).get("outer_step") == index
     done = status["state"] == "succeeded" and status["outer_steps"] == index and status["rounds"] == run.config.rounds
-    return status if done and measured else None
+    return status if done and measured and _all_know(run) else None
+
+
+def _all_know(run: Run) -> bool:
+    """Whether islands from outside, if there may be any, have been told that the run is over."""
+    notice = read_notice(run.store) if run.config.cluster.external_islands else None
+    return notice is None or notice.state == "succeeded"
 
 
 def load_replica(run: Run, at: int | None = None) -> Replica:

@@ -14,11 +14,14 @@ from diloco_ray import api
 from diloco_ray.cli import app
 from diloco_ray.config import RunConfig
 from diloco_ray.errors import ConfigError, CorruptionError, DataError, RunMismatchError, StoreError
+from diloco_ray.ids import canonical_json
 from diloco_ray.log.record import seal, unseal
 from diloco_ray.log.run_log import RunLog, record_path
+from diloco_ray.observe.status import STATUS
 from diloco_ray.run import open_run, read_run
 from diloco_ray.simulation.in_process import begin, make_island, train_in_process
 from diloco_ray.transport.in_memory import InMemoryTransport
+from diloco_ray.transport.letters import NOTICE
 from tests.processes import digests, run_folder, write_recipe
 
 
@@ -292,3 +295,16 @@ def test_a_fence_is_above_those_of_the_log_even_if_the_fences_were_deleted(tiny:
     again = train_in_process(opened(tiny, "rounds=6"))
     assert again.fence_epoch > longer.fence_epoch
     assert again.state.index == 6
+
+
+def test_a_run_that_is_over_is_taken_up_once_more_where_islands_from_outside_have_not_heard_of_it(
+    tiny: dict[str, Any],
+) -> None:
+    """The coordinator died between its last record and its last word."""
+    run = opened(tiny, "cluster.external_islands=1")
+    train_in_process(run)
+    over = {"state": "succeeded", "outer_steps": 4, "rounds": 4, "validation": {"last": {"outer_step": 4}}}
+    run.store.write(STATUS, canonical_json(over))
+    for state, found in (("running", None), ("succeeded", over)):
+        run.store.write(NOTICE, canonical_json({"fence_epoch": 1, "state": state, "reason": "", "config": {}}))
+        assert api.finished_status(run) == found
