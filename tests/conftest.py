@@ -50,6 +50,35 @@ def tiny(corpus: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+class Pace:
+    """How long an inner step of a run takes at least, until the test has shown what it wants to show."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def slow_down(self, seconds: float) -> None:
+        """From now on. Written at once: a reader never finds half a number."""
+        fresh = self._path.with_suffix(".new")
+        fresh.write_text(str(seconds))
+        fresh.replace(self._path)
+
+    def let_go(self) -> None:
+        self._path.unlink()
+
+
+@pytest.fixture
+def pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pace:
+    """Of all processes that are started after it and train a `paced` recipe."""
+    monkeypatch.setenv("DILOCO_RAY_TEST_PACE", str(tmp_path / "pace"))
+    return Pace(tmp_path / "pace")
+
+
+@pytest.fixture
+def paced(tiny: dict[str, Any]) -> dict[str, Any]:
+    """Three islands of a model that is light to start and as slow as `pace` says."""
+    return {**tiny, "name": "paced", "model": {"factory": "tests.model.paced_module:build"}}
+
+
 @pytest.fixture(scope="session")
 def s3_bucket() -> Iterator[str]:
     """The URL of a bucket of a moto server."""

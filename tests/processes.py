@@ -26,7 +26,7 @@ from diloco_ray.run import open_run
 from diloco_ray.simulation.in_process import train_in_process
 
 CLI = [sys.executable, "-m", "diloco_ray.cli"]
-DEADLINE_S = 300.0
+DEADLINE_S = 400.0  # two of them fit into the time-out of a test
 
 _UNINTERRUPTED: dict[str, list[str]] = {}
 
@@ -55,12 +55,18 @@ class Command:
                 env={**os.environ, **environment},
             )
 
-    def check(self) -> None:
-        assert self._process.poll() is None, f"the command ended early:\n{self._log.read_text()[-3000:]}"
-
     def wait(self) -> tuple[int, str]:
         """The exit code and the output, once the command has ended."""
-        return self._process.wait(timeout=DEADLINE_S), self._log.read_text()
+        try:
+            return self._process.wait(timeout=DEADLINE_S), self.output()
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"not over in {DEADLINE_S:g} s:\n{self.output()[-3000:]}") from None
+
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     def wait_for_end(self, code: int = 0) -> str:
         """The output, once the command has ended with this exit code."""
@@ -91,10 +97,13 @@ class Command:
 def wait_for(condition: Callable[[], bool], what: str, command: Command) -> None:
     """Until it holds, while the command runs."""
     until = time.monotonic() + DEADLINE_S
-    while not condition():
-        command.check()
+    while True:
+        has_ended = command.has_ended()  # asked before the look: what it left last is looked at
+        if condition():
+            return
+        assert not has_ended, f"the command ended before {what}:\n{command.output()[-3000:]}"
         assert time.monotonic() < until, what
-        time.sleep(0.2)
+        time.sleep(0.05)
 
 
 class Train(Command):
@@ -110,15 +119,17 @@ class Train(Command):
         return None
 
     def wait_until(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The first status document that fulfils the condition."""
-        until = time.monotonic() + DEADLINE_S
-        while time.monotonic() < until:
-            self.check()
+        """A status document that fulfils the condition. It is written twice a second: a state that is over sooner may
+        never be seen."""
+        found: list[dict[str, Any]] = []
+
+        def look() -> bool:
             status = self.status()
-            if status is not None and condition(status):
-                return status
-            time.sleep(0.05)
-        raise AssertionError(f"not reached in {DEADLINE_S} s: {self.status()}")
+            found[:] = [status] if status is not None and condition(status) else []
+            return bool(found)
+
+        wait_for(look, "what is waited for", self)
+        return found[0]
 
 
 @contextmanager
@@ -157,12 +168,14 @@ class Watched:
         for watched in cls._all:
             watched._is_to_stop = True
             watched._thread.join(timeout=60)
+        alive = [watched for watched in cls._all if watched._thread.is_alive()]
         cls._all.clear()
+        assert not alive
 
     def _watch(self, status: Any, events: list[dict[str, Any]]) -> None:
         assert not self._is_to_stop
-        self._seen += [dict(status)] if status else []
         self.texts += [event["text"] for event in events if event["event"] == "decision"]
+        self._seen += [dict(status)] if status else []
 
     @property
     def status(self) -> dict[str, Any]:
@@ -184,7 +197,7 @@ class Watched:
             time.sleep(0.05)
 
     def join(self) -> None:
-        self._thread.join(timeout=200)
+        self._thread.join(timeout=DEADLINE_S)
         assert not self._thread.is_alive()
         if self.error:
             raise self.error
@@ -192,6 +205,11 @@ class Watched:
 
 def num_alive(status: dict[str, Any]) -> int:
     return sum(island["state"] == "alive" for island in status["islands"])
+
+
+def epochs(folder: Path | str) -> list[int]:
+    """The fence epochs of the coordinators that wrote the run's records."""
+    return [record.fence_epoch for record in RunLog.open(RunStore(str(folder))).records]
 
 
 def digests(folder: Path | str) -> list[str]:

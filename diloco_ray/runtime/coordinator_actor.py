@@ -143,7 +143,7 @@ class CoordinatorActor:
             self._coordinator.tick()
             self._heard(None)
             every_s = TICK_S if self._store.is_local else REMOTE_STATUS_EVERY_S
-            if loop.time() - written_s >= every_s:
+            if loop.time() - written_s > every_s - TICK_S / 2:  # ticks are not to the millisecond
                 written_s = loop.time()
                 with contextlib.suppress(StoreError):  # a missed status is only that
                     await loop.run_in_executor(self._files, self._write_status, self._status())

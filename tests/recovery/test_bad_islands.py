@@ -53,7 +53,7 @@ def is_there(pid: int) -> bool:
 
 
 def test_an_island_that_stands_still_is_given_up_and_replaced_and_its_process_ends(tiny: dict[str, Any]) -> None:
-    body = with_factory(tiny, "tests.model.plain_module:build", islands=[1, 2], rounds=40, name="still")
+    body = with_factory(tiny, "tests.model.plain_module:build", islands=2, rounds=20, name="still")
     body["inner"] = {**tiny["inner"], "steps_per_round": 500}
     body["sync"] = {"heartbeat_every_s": 0.5, "heartbeat_timeout_s": 5.0}  # a busy machine starves nobody that long
     watched = Watched(RunConfig.from_dict(body))

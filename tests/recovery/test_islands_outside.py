@@ -18,6 +18,7 @@ from diloco_ray.log.run_log import RunLog, numbered
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.verify import verify
 from diloco_ray.observe.events import of_kind, read_events
+from tests.conftest import Pace
 from tests.processes import CLI, Command, assert_whole, uninterrupted, wait_for, write_recipe
 
 pytestmark = pytest.mark.ray
@@ -77,46 +78,51 @@ def bucket(body: dict[str, Any], folder: Path) -> Iterator[Bucket]:
 
 
 @pytest.fixture
-def body(tiny: dict[str, Any], s3_bucket: str) -> dict[str, Any]:
+def body(paced: dict[str, Any], s3_bucket: str) -> dict[str, Any]:
     return {
-        **tiny,
+        **paced,
         "islands": 2,
         "rounds": 5,
-        "inner": {**tiny["inner"], "steps_per_round": 300},
+        "inner": {**paced["inner"], "steps_per_round": 100},
         "sync": {"poll_s": 0.3, "heartbeat_every_s": 0.5, "heartbeat_timeout_s": 120},
         "storage": {"path": f"{s3_bucket}/{uuid.uuid4().hex}", "snapshot_every_rounds": 2},
     }
 
 
 def test_two_clusters_and_a_bucket_end_a_run_with_the_bits_of_one_process_though_one_cluster_is_lost(
-    body: dict[str, Any], tmp_path: Path
+    body: dict[str, Any], tmp_path: Path, pace: Pace
 ) -> None:
     """The island comes back by the same command, with its optimizer's state and the data that it had."""
     expected = uninterrupted({**body, "storage": {"path": str(tmp_path / "runs"), "snapshot_every_rounds": 2}})
+    pace.slow_down(0.03)
     with bucket(body, tmp_path) as run:
         coordinator = run.coordinator("--islands", "external")
         stays, goes = run.island("island-00"), run.island("island-01")
         run.wait_for_outer_steps(2)
         goes.kill()
+        pace.let_go()
         back = run.island("island-01")
         coordinator.wait_for_end()
         assert "the run is over" in stays.wait_for_end()
         assert "the run is over" in back.wait_for_end()
         assert_whole(run.url, expected)
+        assert sum(" joined" in text for text in run.decisions()) == 3
         left = [path for name in ("island-00", "island-01") for path in run.store.list(f"mail/{name}")]
         assert len(left) <= 3, "but for what was written when nobody read any more"
 
 
 def test_islands_of_the_coordinators_cluster_and_from_outside_train_together_over_a_restart_of_the_coordinator(
-    body: dict[str, Any], tmp_path: Path
+    body: dict[str, Any], tmp_path: Path, pace: Pace
 ) -> None:
     body["cluster"] = {"island_resources": {"CPU": 1}, "external_islands": 1}
+    pace.slow_down(0.03)
     with bucket(body, tmp_path) as run:
         first = run.coordinator()
         outside = run.island("eu-1")
         run.wait_for_outer_steps(2)
         first.kill()
-        run.coordinator().wait_for_end()
+        pace.let_go()
+        assert "goes on from outer step" in run.coordinator().wait_for_end()
         outside.wait_for_end()
         report = verify(run.store, replica_of)
         assert report.problems == ()
@@ -126,8 +132,11 @@ def test_islands_of_the_coordinators_cluster_and_from_outside_train_together_ove
         assert [share.incarnation for share in RunLog.open(run.store).tail.shares if share.island == "eu-1"] == [1]
 
 
-def test_an_island_whose_token_is_revoked_is_told_so_and_ends(body: dict[str, Any], tmp_path: Path) -> None:
-    body |= {"islands": [1, 2], "rounds": 40}
+def test_an_island_whose_token_is_revoked_is_told_so_and_ends(
+    body: dict[str, Any], tmp_path: Path, pace: Pace
+) -> None:
+    body |= {"islands": [1, 2], "rounds": 1000}
+    pace.slow_down(0.03)
     with bucket(body, tmp_path) as run:
         run.coordinator("--islands", "external")
         outside = run.island("eu-1")
@@ -139,10 +148,11 @@ def test_an_island_whose_token_is_revoked_is_told_so_and_ends(body: dict[str, An
 
 
 def test_an_island_of_two_ranks_gives_its_work_back_when_it_is_interrupted_and_joins_again(
-    body: dict[str, Any], tmp_path: Path
+    body: dict[str, Any], tmp_path: Path, pace: Pace
 ) -> None:
-    body |= {"islands": 1, "rounds": 6, "cluster": {"island_resources": {"CPU": 0.5}}}
-    body["inner"] = {**body["inner"], "ranks": 2, "steps_per_round": 600}
+    body |= {"islands": 1, "cluster": {"island_resources": {"CPU": 0.5}}}
+    body["inner"] |= {"ranks": 2}
+    pace.slow_down(0.03)
     with bucket(body, tmp_path) as run:
         coordinator = run.coordinator("--islands", "external")
         first = run.island("eu-1")
@@ -150,6 +160,7 @@ def test_an_island_of_two_ranks_gives_its_work_back_when_it_is_interrupted_and_j
         first.interrupt()
         assert "interrupted" in first.wait_for_end(130)
         assert any("eu-1 left: preempted" in text for text in run.decisions())
+        pace.let_go()
         again = run.island("eu-1")
         coordinator.wait_for_end()
         again.wait_for_end()

@@ -12,6 +12,7 @@ import pytest
 
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.observe.events import of_kind, read_events
+from tests.conftest import Pace
 from tests.processes import Train, assert_whole, run_folder, training, uninterrupted, write_recipe
 
 pytestmark = pytest.mark.ray
@@ -63,16 +64,17 @@ class Story:
 
 
 def test_an_island_ended_at_any_moment_of_its_round_comes_back_and_the_bits_are_the_same(
-    tiny: dict[str, Any], tmp_path: Path
+    paced: dict[str, Any], tmp_path: Path, pace: Pace
 ) -> None:
     recipe = {
-        **tiny,
-        "rounds": 6,
-        "inner": {**tiny["inner"], "steps_per_round": 300},
+        **paced,
+        "rounds": 10,
+        "inner": {**paced["inner"], "steps_per_round": 100},
         "sync": {"heartbeat_every_s": 0.1, "heartbeat_timeout_s": 60},
         "experiment": {"speeds": [1.0, 0.4, 0.4]},
     }
     expected = uninterrupted(recipe)
+    pace.slow_down(0.02)
     folder = run_folder(recipe)
     with training(write_recipe(tmp_path, recipe), folder) as train:
         story = Story(train)
@@ -105,6 +107,7 @@ def test_an_island_ended_at_any_moment_of_its_round_comes_back_and_the_bits_are_
             train.wait_until(lambda s: saved.exists())
             os.kill(island["pid"], signal.SIGKILL)
         story.when_back(island)
+        pace.let_go()
         train.wait_for_end()
     assert_whole(folder, expected)
     texts = [event["text"] for event in of_kind(read_events(RunStore(str(folder))), "decision")]

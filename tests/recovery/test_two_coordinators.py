@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 
-from diloco_ray.log.run_log import RunLog
-from diloco_ray.log.run_store import RunStore
-from tests.processes import Train, assert_whole, run_folder, training, uninterrupted, write_recipe
+from tests.conftest import Pace
+from tests.processes import Train, assert_whole, epochs, run_folder, training, uninterrupted, write_recipe
 
 pytestmark = pytest.mark.ray
 FENCED = 6
 
 
 def test_the_same_command_again_fences_the_older_one_whether_that_is_alive_or_frozen(
-    tiny: dict[str, Any], tmp_path: Path
+    paced: dict[str, Any], tmp_path: Path, pace: Pace
 ) -> None:
     """Three commands on one run. The first waits for its island, which stands still, when the second comes; the
     second's coordinator stands still while the third one ends the run."""
-    recipe = {**tiny, "islands": 1, "rounds": 10, "inner": {**tiny["inner"], "steps_per_round": 400}}
+    recipe = {**paced, "islands": 1, "rounds": 10, "inner": {**paced["inner"], "steps_per_round": 100}}
     expected, folder = uninterrupted(recipe), run_folder(recipe)
+    pace.slow_down(0.02)
     paths = [tmp_path / name for name in ("first", "second", "third")]
     for path in paths:
         path.mkdir()
@@ -29,19 +29,17 @@ def test_the_same_command_again_fences_the_older_one_whether_that_is_alive_or_fr
         status = first.wait_until(lambda s: s["outer_steps"] >= 1)
         os.kill(status["islands"][0]["pid"], signal.SIGSTOP)
         with training(write_recipe(paths[1], recipe), folder) as second:
-            status = second.wait_until(
-                lambda s: s["coordinator"]["fence_epoch"] == 2 and s["outer_steps"] > status["outer_steps"]
-            )
+            status = second.wait_until(lambda s: s["coordinator"]["fence_epoch"] == 2 and epochs(folder)[-1] == 2)
             os.kill(status["coordinator"]["pid"], signal.SIGSTOP)
             assert_fenced(first, folder, epoch=1)
+            pace.let_go()
             with training(write_recipe(paths[2], recipe), folder) as third:
                 third.wait_for_end()
                 os.kill(status["coordinator"]["pid"], signal.SIGCONT)
                 assert_fenced(second, folder, epoch=2)
     assert_whole(folder, expected)
-    epochs = [record.fence_epoch for record in RunLog.open(RunStore(str(folder))).records]
-    assert epochs == sorted(epochs)
-    assert set(epochs) == {0, 1, 2, 3}
+    assert epochs(folder) == sorted(epochs(folder))
+    assert set(epochs(folder)) == {0, 1, 2, 3}
 
 
 def assert_fenced(train: Train, folder: Path, epoch: int) -> None:

@@ -22,7 +22,8 @@ from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.verify import verify
 from diloco_ray.runtime import driver
 from diloco_ray.runtime.coordinator_actor import CoordinatorActor
-from tests.processes import Watched, num_alive, run_folder
+from tests.conftest import Pace
+from tests.processes import Watched, epochs, num_alive, run_folder
 
 pytestmark = pytest.mark.ray
 NODE = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 100_000_000}
@@ -69,15 +70,25 @@ def test_more_islands_than_the_cluster_can_place_are_waited_for_and_then_refused
     assert any("waiting up to 1 s" in text for text in watched.texts)
 
 
-def test_islands_join_as_nodes_come_and_the_others_go_on_as_nodes_go(cluster: Cluster, tiny: dict[str, Any]) -> None:
-    body = {
-        **tiny,
-        "islands": [2, 4],
-        "rounds": 40,
-        "inner": {**tiny["inner"], "steps_per_round": 150},
-        "sync": {"heartbeat_every_s": 0.5, "heartbeat_timeout_s": 10},
+def elastic(paced: dict[str, Any], least: int) -> dict[str, Any]:
+    """Up to four islands, for rounds of a second as long as `pace` holds them back."""
+    return {
+        **paced,
+        "islands": [least, 4],
+        "rounds": 100,
+        "inner": {**paced["inner"], "steps_per_round": 20},
+        "sync": {"heartbeat_every_s": 0.5, "heartbeat_timeout_s": 60},
+        "evaluation": {**paced["evaluation"], "every_rounds": 100},
+        "storage": {**paced["storage"], "snapshot_every_rounds": 50},
         "cluster": {"island_resources": {"CPU": 1}},
     }
+
+
+def test_islands_join_as_nodes_come_and_the_others_go_on_as_nodes_go(
+    pace: Pace, cluster: Cluster, paced: dict[str, Any]
+) -> None:
+    body = elastic(paced, least=2)
+    pace.slow_down(0.05)
     watched = Watched(RunConfig.from_dict(body))
     status = watched.wait_until(lambda s: s["rounds"] >= 1, "two islands train")
     assert num_alive(status) == 2
@@ -85,28 +96,19 @@ def test_islands_join_as_nodes_come_and_the_others_go_on_as_nodes_go(cluster: Cl
     watched.wait_until(lambda s: s["contributions"]["applied"] == 4, "four islands train")
     cluster.remove_node(node, allow_graceful=False)
     watched.wait_until(lambda s: num_alive(s) == 2 and s["contributions"]["applied"] == 2, "two are left and go on")
+    pace.let_go()
     watched.join()
     report = verify(RunStore(str(run_folder(body))), replica_of)
     assert report.problems == ()
-    assert report.num_outer_steps == 40
-
-
-def elastic(tiny: dict[str, Any], rounds: int) -> dict[str, Any]:
-    return {
-        **tiny,
-        "islands": [1, 4],
-        "rounds": rounds,
-        "inner": {**tiny["inner"], "steps_per_round": 150},
-        "sync": {"heartbeat_every_s": 0.5, "heartbeat_timeout_s": 10},
-        "cluster": {"island_resources": {"CPU": 1}},
-    }
+    assert report.num_outer_steps == 100
 
 
 def test_the_islands_of_a_node_that_is_drained_give_their_work_back_and_leave(
-    cluster: Cluster, tiny: dict[str, Any]
+    pace: Pace, cluster: Cluster, paced: dict[str, Any]
 ) -> None:
     node = add_node(cluster)
-    body = elastic(tiny, rounds=20)
+    body = elastic(paced, least=1)
+    pace.slow_down(0.05)
     watched = Watched(RunConfig.from_dict(body))
     watched.wait_until(lambda s: s["contributions"]["applied"] == 4, "four islands train")
     gcs = ray._raylet.GcsClient(address=cluster.address)
@@ -114,12 +116,13 @@ def test_the_islands_of_a_node_that_is_drained_give_their_work_back_and_leave(
     watched.wait_until(lambda s: num_alive(s) == 2, "two have left")
     assert sum("left: preempted" in text for text in watched.texts) == 2
     assert not any("silent" in text for text in watched.texts)
+    pace.let_go()
     watched.join()
     assert verify(RunStore(str(run_folder(body))), replica_of).problems == ()
 
 
 def test_a_coordinator_on_a_frozen_node_is_fenced_when_ray_has_started_it_elsewhere(
-    cluster: Cluster, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    pace: Pace, cluster: Cluster, paced: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The frozen node's processes live on, cut off from Ray: two coordinators on one run store."""
     first = add_node(cluster, resources={"seat": 1})
@@ -130,38 +133,41 @@ def test_a_coordinator_on_a_frozen_node_is_fenced_when_ray_has_started_it_elsewh
             return CoordinatorActor.options(**options, resources={"seat": 1})
 
     monkeypatch.setattr(driver, "CoordinatorActor", Seated)
-    body = elastic(tiny, rounds=30)
+    body = elastic(paced, least=1)
+    pace.slow_down(0.05)
     watched = Watched(RunConfig.from_dict(body))
     before = watched.wait_until(lambda s: s["outer_steps"] >= 1, "it trains")
     (raylet,) = first.all_processes["raylet"]
     os.kill(raylet.process.pid, signal.SIGSTOP)
     try:
         add_node(cluster, resources={"seat": 1})
-        watched.wait_until(lambda s: s["coordinator"]["fence_epoch"] == 2, "another coordinator takes over")
-        watched.wait_until(lambda s: s["outer_steps"] > before["outer_steps"] + 1, "it writes")
+        watched.wait_until(lambda s: s["coordinator"]["fence_epoch"] >= 2, "another coordinator takes over")
+        watched.wait_until(lambda s: epochs(run_folder(body))[-1] >= 2, "it writes")
         os.kill(before["coordinator"]["pid"], 0)  # and the one before it is still there
     finally:
         os.kill(raylet.process.pid, signal.SIGCONT)
+    pace.let_go()
     watched.join()
     report = verify(RunStore(str(run_folder(body))), replica_of)
     assert report.problems == ()
-    assert report.num_outer_steps == 30
+    assert report.num_outer_steps == 100
 
 
 def test_islands_go_only_to_nodes_with_the_labels_that_the_recipe_names_and_each_to_its_own(
-    cluster: Cluster, tiny: dict[str, Any]
+    pace: Pace, cluster: Cluster, paced: dict[str, Any]
 ) -> None:
     for name in ("island-00", "island-01"):
         add_node(cluster, labels={"zone": "eu-2", "site": name})
     selector = {"zone": "eu-2", "site": "{island}"}
     labels = {"island_resources": {"CPU": 1}, "label_selector": selector, "placement_timeout_s": 1}
     for missing, body in {
-        "zone": {**tiny, "islands": 2, "cluster": {**labels, "label_selector": {"zone": "us-1"}}},
-        "no node for island-02": {**tiny, "islands": 3, "cluster": labels},
+        "zone": {**paced, "islands": 2, "cluster": {**labels, "label_selector": {"zone": "us-1"}}},
+        "no node for island-02": {**paced, "islands": 3, "cluster": labels},
     }.items():
         with pytest.raises(ClusterError, match=missing):
             Watched(RunConfig.from_dict({**body, "name": "nowhere"})).join()
-    watched = Watched(RunConfig.from_dict({**elastic(tiny, rounds=20), "islands": 2, "cluster": labels}))
+    pace.slow_down(0.05)
+    watched = Watched(RunConfig.from_dict({**paced, "islands": 2, "rounds": 100, "cluster": labels}))
     status = watched.wait_until(lambda s: num_alive(s) == 2, "both islands are placed")
     sites = {node["NodeID"]: node["Labels"].get("site") for node in ray.nodes()}
     islands = [actor for actor in all_actors().values() if actor["ActorClassName"] == "IslandActor"]
@@ -170,4 +176,5 @@ def test_islands_go_only_to_nodes_with_the_labels_that_the_recipe_names_and_each
         "island-00": "island-00",
         "island-01": "island-01",
     }
+    pace.let_go()
     watched.join()
