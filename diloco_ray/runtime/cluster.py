@@ -14,7 +14,7 @@ from ray._private.state import state as rays_state
 
 from diloco_ray.config import ClusterSettings
 from diloco_ray.errors import ClusterError
-from diloco_ray.runtime.island_actor import GangActor, IslandActor
+from diloco_ray.runtime.island_actor import GANG_CALLS, GangActor, IslandActor
 
 POLL_S = 0.25
 LISTENS_WITHIN_S = 10.0
@@ -144,7 +144,7 @@ def _describe_shortage(settings: ClusterSettings, islands: Sequence[str], ranks:
 def place_island(settings: ClusterSettings, island: str, ranks: int) -> Any:
     """An actor for the island, to be told `live`."""
     if ranks > 1:
-        return GangActor.remote(settings)
+        return GangActor.options(max_concurrency=GANG_CALLS).remote(settings)
     return IslandActor.options(**actor_options(settings.island_resources, selector_of(settings, island))).remote()
 
 

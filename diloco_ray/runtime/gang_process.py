@@ -24,14 +24,14 @@ from diloco_ray.runtime.island_process import PREEMPTED, Connect
 
 
 def live_as_gang(
+    cluster: ClusterSettings,
+    home: Any,
     job: IslandJob,
     name: str,
     process: str,
     connect: Connect,
     sync: SyncSettings,
-    speed: float,
-    cluster: ClusterSettings,
-    home: Any,
+    speed: float = 1.0,
 ) -> str:
     """As `island_process.live_as_island`, with job.inner.ranks processes. Raises what ended the first rank to fail.
 

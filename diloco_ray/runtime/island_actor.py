@@ -14,6 +14,8 @@ import ray
 
 from diloco_ray.errors import ConfigError
 
+GANG_CALLS = 4  # its life, and questions meanwhile
+
 
 @contextlib.contextmanager
 def collecting_later() -> Iterator[None]:
@@ -49,9 +51,12 @@ class IslandActor:
         return self._lives.live_as_island(*arguments)
 
 
-@ray.remote(max_restarts=0, max_task_retries=0, num_cpus=0, max_concurrency=4)
+@ray.remote(max_restarts=0, max_task_retries=0, num_cpus=0)
 class GangActor:
-    """An island of several ranks. These are processes of their own, and end with this one. cluster: ClusterSettings."""
+    """An island of several ranks. These are processes of their own, and end with this one.
+
+    Start it with max_concurrency=GANG_CALLS. cluster: ClusterSettings.
+    """
 
     def __init__(self, cluster: Any) -> None:
         self._cluster, self._is_sent_home = cluster, False
@@ -75,7 +80,7 @@ class GangActor:
             remedy = "install the Ray that constraints.txt names, or set inner.ranks=1"
             what = f"Ray {ray.__version__} is too old for islands of several ranks: {error}"
             raise ConfigError(what, where="inner.ranks", remedy=remedy) from error
-        return gang_process.live_as_gang(*arguments, self._cluster, ray.get_runtime_context().current_actor)
+        return gang_process.live_as_gang(self._cluster, ray.get_runtime_context().current_actor, *arguments)
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, num_cpus=0)

@@ -110,7 +110,7 @@ def _train(island: Island, lead: Exchange | None, sync: SyncSettings, speed: flo
         for moment in island.live():
             if moment == "wait":
                 island.link.wait(FOLLOW_S)
-            elif speed < 1.0:
+            elif lead and speed < 1.0:  # other ranks wait for this one
                 time.sleep((time.monotonic() - began_s) * (1.0 / speed - 1.0))
             began_s = time.monotonic()
     finally:
@@ -122,7 +122,7 @@ def _train(island: Island, lead: Exchange | None, sync: SyncSettings, speed: flo
 def _preemptible(fail: Callable[[Exception], None], is_sent_home: Callable[[], bool]) -> Iterator[None]:
     """In this block, SIGTERM or Ray's notice that the node is draining ends the island's work with PreemptedError.
 
-    Only a process's main thread hears signals: for a rank, which Ray Train runs in another one, `is_sent_home` is asked.
+    Only a process's main thread hears signals: for a rank, which Ray Train runs in another, `is_sent_home` is asked.
     """
     done, hears_signals = threading.Event(), threading.current_thread() is threading.main_thread()
 

@@ -132,9 +132,7 @@ def test_islands_of_the_coordinators_cluster_and_from_outside_train_together_ove
         assert [share.incarnation for share in RunLog.open(run.store).tail.shares if share.island == "eu-1"] == [1]
 
 
-def test_an_island_whose_token_is_revoked_is_told_so_and_ends(
-    body: dict[str, Any], tmp_path: Path, pace: Pace
-) -> None:
+def test_an_island_whose_token_is_revoked_is_told_so_and_ends(body: dict[str, Any], tmp_path: Path, pace: Pace) -> None:
     body |= {"islands": [1, 2], "rounds": 1000}
     pace.slow_down(0.03)
     with bucket(body, tmp_path) as run:

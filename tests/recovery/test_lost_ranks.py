@@ -27,7 +27,8 @@ def recipe(tiny: dict[str, Any]) -> dict[str, Any]:
     body = deepcopy(tiny)
     body |= {"islands": 2, "rounds": 3}
     body["inner"] |= {"ranks": 2, "parallel": "fsdp", "steps_per_round": 100, "optimizer": "sgd", "learning_rate": 0.1}
-    body["sync"] = {"heartbeat_every_s": 0.1, "fragments": 2, "offsets": "together", "uplink": "int4", "downlink": "int4"}
+    body["sync"] = {"fragments": 2, "offsets": "together", "uplink": "int4", "downlink": "int4"}
+    body["sync"]["heartbeat_every_s"] = 0.1
     body["experiment"] = {"speeds": [0.3, 0.3]}  # rounds that are longer than what is seen of them is old
     body["cluster"] = {"island_resources": {"CPU": 0.25}, "rank_timeout_s": 30}
     return body
