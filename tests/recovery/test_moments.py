@@ -1,6 +1,7 @@
 """One run, and an island ended at each moment of its round: nothing that was accepted is lost, and the bits are those
 of an undisturbed run. Real processes; the coordinator is held still where a moment is too short to be met."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ def held_still(pid: int) -> Iterator[None]:
     try:
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # where it was killed meanwhile
+            os.kill(pid, signal.SIGCONT)
 
 
 class Story:
