@@ -2,7 +2,8 @@
 
 The runs are as long as the storm: the pace of a short pilot says how many rounds take the time asked for on a calm
 day. The storm begins when the first round is whole; when its time is over the run goes on to its end in peace. Goodput
-is what was committed while the storm raged, per second, against the calm run from its first round to its end.
+is what was committed while the storm raged, per second, against the calm run from its first round to its end; and,
+since machines are not always equally fast, against the storm's own rounds between its faults.
 """
 
 import math
@@ -25,7 +26,7 @@ from diloco_ray.observe.events import of_kind, read_events
 from diloco_ray.run import Run, open_run
 from diloco_ray.runtime.cluster import connected
 from diloco_ray.runtime.driver import train_on_ray
-from diloco_ray.runtime.storm import PLACE, SHARES, Storm, schedule
+from diloco_ray.runtime.storm import PLACE, SHARES, Fault, Storm, schedule
 
 PILOT_ROUNDS = 8
 ZOMBIES_WITHIN_S = 15.0  # after the last one has been let go
@@ -114,6 +115,7 @@ def _report(calm: _Watched, stormy: _Watched, storm: Storm, storm_s: float, zomb
     lost = sorted(stormy.told - {record.index for record in records})
     doubled = num_doubled(records)
     in_storm, in_calm, tokens = stormy.tokens_per_s(storm_s), calm.tokens_per_s(), proof.tokens
+    between = tokens_per_s_between(stormy.committed, storm.faults)
     invariants = {
         "the run succeeded": stormy.last["state"] == "succeeded",
         "as many faults hit as the rate says": len(storm.faults) >= storm.num_planned,
@@ -138,7 +140,13 @@ def _report(calm: _Watched, stormy: _Watched, storm: Storm, storm_s: float, zomb
         "rounds": records[-1].round,
         "outer_steps": len(records) - 1,
         "contributions": _spread(stormy.rounds),
-        "goodput": {"calm_tokens_per_s": in_calm, "storm_tokens_per_s": in_storm, "ratio": in_storm / in_calm},
+        "goodput": {
+            "calm_tokens_per_s": in_calm,
+            "storm_tokens_per_s": in_storm,
+            "between_faults_tokens_per_s": between,
+            "ratio": in_storm / in_calm,
+            "ratio_to_between_faults": in_storm / between if between else None,
+        },
         "loss": {"calm": calm.loss, "storm": stormy.loss, "difference": stormy.loss / calm.loss - 1.0},
         "tokens": tokens,
         "verify": {
@@ -148,6 +156,17 @@ def _report(calm: _Watched, stormy: _Watched, storm: Storm, storm_s: float, zomb
             "digest": proof.digest,
         },
     }
+
+
+def tokens_per_s_between(committed: Sequence[tuple[float, int]], faults: Iterable[Fault]) -> float | None:
+    """Of rounds that no fault touched, nor the round before; None where there are none. committed: seconds and tokens,
+    from the storm's beginning on."""
+    faults, tokens, seconds = list(faults), 0, 0.0
+    for before, begin, end in zip(committed, committed[1:], committed[2:]):
+        since_s, until_s = before[0] - committed[0][0], end[0] - committed[0][0]
+        if not any(fault.at_s < until_s and fault.over_s > since_s for fault in faults):
+            tokens, seconds = tokens + end[1] - begin[1], seconds + end[0] - begin[0]
+    return tokens / seconds if seconds else None
 
 
 def num_doubled(records: Iterable[Record]) -> int:
@@ -206,11 +225,13 @@ def tables(report: Mapping[str, Any]) -> list[Table | str]:
         faults.add_row(kind, str(found["hit"]), str(found["missed"]), *seconds, str(found["not_recovered"]))
     spread = ", ".join(f"{n} {s['mean']:.2f} (least {s['least']})" for n, s in report["contributions"].items())
     struck, goodput, loss = report["faults"], report["goodput"], report["loss"]
+    between = goodput["between_faults_tokens_per_s"]
+    paired = f"; {between:,.0f} between faults: {goodput['ratio_to_between_faults']:.1%}" if between else ""
     lines = [
         f"{struck['hit']} faults in {report['seconds'] / 60:g} minutes; {struck['missed']} strikes hit nothing",
         f"{report['outer_steps']} outer steps; per round: {spread}",
         f"committed tokens/s: {goodput['storm_tokens_per_s']:,.0f} in the storm, {goodput['calm_tokens_per_s']:,.0f} "
-        f"in the calm: goodput {goodput['ratio']:.1%}",
+        f"in the calm: goodput {goodput['ratio']:.1%}{paired}",
         f"validation loss: {loss['storm']:.4f} in the storm, {loss['calm']:.4f} in the calm, {loss['difference']:+.2%}",
         "tokens: " + ", ".join(f"{fate} {number:,}" for fate, number in report["tokens"].items()),
         *(f"{'held' if held else 'BROKEN'}: {name}" for name, held in report["invariants"].items()),

@@ -11,6 +11,7 @@ It knows the run from its status documents alone, and acts from outside, as a ho
 """
 
 import contextlib
+import math
 import os
 import random
 import signal
@@ -84,6 +85,11 @@ class Fault:
             self.detected_s = seen_s
         if well:
             self.recovered_s = seen_s
+
+    @property
+    def over_s(self) -> float:
+        """When nothing is left of it to be seen."""
+        return math.inf if self.recovered_s is None else max(self.recovered_s, self.ends_s)
 
     @property
     def from_s(self) -> float:

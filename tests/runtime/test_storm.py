@@ -11,7 +11,7 @@ import pytest
 
 from diloco_ray.coordination.messages import DataRange, Share
 from diloco_ray.log.record import Record
-from diloco_ray.runtime.chaos import num_doubled
+from diloco_ray.runtime.chaos import num_doubled, tokens_per_s_between
 from diloco_ray.runtime.storm import SHARES, Fault, Planned, Storm, schedule
 
 
@@ -119,3 +119,15 @@ def test_sequences_that_two_leases_spent_are_counted() -> None:
     once = [record(DataRange(0, 0, 0, 4)), record(DataRange(0, 0, 4, 8)), record(DataRange(0, 1, 0, 4))]
     assert num_doubled(once) == 0
     assert num_doubled([*once, record(DataRange(0, 0, 2, 5), DataRange(1, 0, 0, 9))]) == 3
+
+
+def test_the_pace_between_faults_leaves_out_what_a_fault_touched_and_the_round_after() -> None:
+    """Rounds of ten seconds and 100 tokens; those from 20 s to 50 s are half as good."""
+    committed = [(1000.0 + 10 * i, 100 * i - 50 * min(3, max(0, i - 2))) for i in range(9)]
+    fault = Fault("kill", "island-00", 1, "", at_s=25.0, ends_s=25.0, outer_steps=2, recovered_s=38.0)
+    assert tokens_per_s_between(committed, []) == pytest.approx(550 / 70)
+    assert tokens_per_s_between(committed, [fault]) == pytest.approx(10.0)
+    fault.recovered_s = None  # never: only what was before it counts
+    assert tokens_per_s_between(committed, [fault]) == pytest.approx(10.0)
+    fault.at_s = 0.0
+    assert tokens_per_s_between(committed, [fault]) is None
