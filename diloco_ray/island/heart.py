@@ -69,7 +69,7 @@ class Heart:
             case "go_on":
                 pass
             case "abandon":
-                exchange.void(lease_id)
+                exchange.void(lease_id, if_in_hand=True)  # the beat may have waited long for a coordinator
             case "rejoin":
                 exchange.say_hello()
             case "fenced":

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -28,6 +28,7 @@ class Telephone:
     def __init__(self) -> None:
         self.beats: list[Beat] = []
         self.hellos: list[Hello] = []
+        self.meanwhile: Callable[[], None] = lambda: None
         self._answer: Order | Exception = "go_on"
         self._welcome = Welcome(1)
         self.news = News("ok")
@@ -48,6 +49,7 @@ class Telephone:
     # ---- the Transport ----
 
     def beat(self, beat: Beat) -> Order:
+        self.meanwhile()
         with self._rings:
             self.beats.append(beat)
             self._rings.notify_all()
@@ -133,6 +135,15 @@ def test_work_that_is_void_is_abandoned_at_the_next_step_and_other_work_is_not(r
     room.line.answers("go_on")
     room.line.hears(2)
     room.exchange.check(room.work("1.2"))
+
+
+def test_an_answer_that_comes_when_the_work_is_done_abandons_nothing(room: Room) -> None:
+    """Its contributions may be committed by then, which makes the lease as void as any that was given up."""
+    plan = room.work("1.1")
+    room.line.meanwhile = lambda: setattr(room.exchange, "plan", None)
+    room.line.answers("abandon")
+    room.line.hears(3)
+    room.exchange.check(plan)
 
 
 def test_bad_news_wakes_a_training_thread_that_waits(room: Room) -> None:

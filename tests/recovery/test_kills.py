@@ -59,9 +59,10 @@ def test_the_same_command_goes_on_after_everything_was_killed(
     with training(path, run_folder(recipe)) as train:
         in_the_middle(train, 2)
         train.kill()
-    pace.let_go()
     assert len(digests(run_folder(recipe))) < len(expected)
     with training(path, run_folder(recipe)) as train:
+        train.wait_until(lambda s: s["coordinator"]["fence_epoch"] == 2)  # nothing of the first command lives
+        pace.let_go()
         output = train.wait_for_end()
     assert "goes on from outer step" in output
     assert_whole(run_folder(recipe), expected)
