@@ -14,7 +14,7 @@ from diloco_ray.config import RunConfig
 from diloco_ray.data.shards import TokenShards
 from diloco_ray.data.tokenizers import load_tokenizer
 from diloco_ray.document import replica_of
-from diloco_ray.errors import ConfigError, DiLoCoError
+from diloco_ray.errors import ConfigError, CorruptionError, DiLoCoError
 from diloco_ray.island.evaluator import validation_batches
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.run_store import RunStore
@@ -133,7 +133,12 @@ def finished_status(run: Run) -> dict[str, Any] | None:
 
 def _all_know(run: Run) -> bool:
     """Whether islands from outside, if there may be any, have been told that the run is over."""
-    notice = read_notice(run.store) if run.config.cluster.external_islands else None
+    if not run.config.cluster.external_islands:
+        return True
+    try:
+        notice = read_notice(run.store)
+    except CorruptionError:  # whoever takes the run up writes another
+        return False
     return notice is None or notice.state == "succeeded"
 
 
@@ -178,7 +183,7 @@ def sample(path: str, prompt: str, max_new_tokens: int, temperature: float, seed
 # ---- islands from outside ----
 
 
-def secret_of_environment() -> str:
+def secret_of_environment(remedy: str = "") -> str:
     """What all tokens of a run are made of. ConfigError where there is none, or a short one."""
     secret = os.environ.get(SECRET, "")
     if len(secret) < LEAST_SECRET:
@@ -186,7 +191,7 @@ def secret_of_environment() -> str:
         raise ConfigError(
             f"{SECRET} {what}: the tokens of islands from outside are made of it",
             where="the environment",
-            remedy=f"export {SECRET}=$(openssl rand -hex 32), and keep it: a run goes on with the same one",
+            remedy=remedy or f"export {SECRET}=$(openssl rand -hex 32), and keep it: a run goes on with the same one",
         )
     return secret
 
@@ -194,7 +199,8 @@ def secret_of_environment() -> str:
 def create_token(path: str, island: str, days: float | None = None) -> str:
     """A new token for an island of this run: a secret."""
     run = read_run(path)
-    return tokens.create_token(run.store, run.run_id, secret_of_environment(), island, days).text
+    secret = secret_of_environment(f"export the {SECRET} that this run's coordinator was started with")
+    return tokens.create_token(run.store, run.run_id, secret, island, days).text
 
 
 def revoke_tokens(path: str, island: str) -> int:
@@ -223,9 +229,11 @@ def join(
     run = open_as_island(path, wait_s, tell)
     if recipe is not None:
         check_same_recipe(run.document, RunConfig.from_yaml(recipe), run.store.url)
+    body = run.config.model_dump(mode="json")
+    body["cluster"]["label_selector"] = {}  # the labels are those of the coordinator's cluster
     if resources:
-        cluster = run.config.cluster.model_copy(update={"island_resources": dict(resources)})
-        run = replace(run, config=run.config.model_copy(update={"cluster": cluster}))
+        body["cluster"]["island_resources"] = dict(resources)
+    run = replace(run, config=RunConfig.from_dict(body, where="--resource"))
     RunStore(run.store.url_of(f"{MAIL}/{key.island}")).probe()
     with connected(None):
         return join_on_ray(run, key, tell)

@@ -20,8 +20,9 @@ def island_name(number: int) -> str:
 
 
 def island_number(name: str) -> int:
-    """The inverse of island_name. ValueError for a name that it did not make."""
-    return int(name.removeprefix("island-"))
+    """The inverse of island_name; of a name that it did not make, a number that is the same everywhere and always."""
+    number = name.removeprefix("island-")
+    return int(number) if number != name and number.isdecimal() else int(sha256_hex(name.encode())[:8], 16)
 
 
 def sha256_hex(data: bytes | bytearray | memoryview) -> str:

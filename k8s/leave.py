@@ -13,11 +13,11 @@ import time
 
 import psutil
 
-ISLAND = "ray::Island"  # how Ray titles the process of an island's actor
+ISLANDS = ("ray::Island", "ray::RayTrainWorker")  # how Ray titles the process of an island, and of a rank of one
 
 
-def leave(seconds: float, title: str = ISLAND) -> bool:
-    """Drains this node and waits for the processes of that title; whether all have left in time."""
+def leave(seconds: float, title: str | tuple[str, ...] = ISLANDS) -> bool:
+    """Drains this node and waits for the processes of these titles; whether all have left in time."""
     until = time.monotonic() + seconds
     if _present(title):
         command = ["ray", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
@@ -38,7 +38,7 @@ def leave(seconds: float, title: str = ISLAND) -> bool:
     return True
 
 
-def _present(title: str) -> list[psutil.Process]:
+def _present(title: str | tuple[str, ...]) -> list[psutil.Process]:
     return [
         process
         for process in psutil.process_iter(["cmdline", "status"])

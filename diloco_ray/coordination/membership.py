@@ -12,6 +12,9 @@ Standing = Literal["expected", "alive", "absent", "lost", "left", "quarantined"]
 STRIKES_TO_QUARANTINE = 3
 
 
+PROGRESS = ("round", "step", "steps", "loss", "tokens_per_s")  # what an island tells of its work
+
+
 @dataclass(frozen=True)
 class Member:
     name: str
@@ -25,7 +28,7 @@ class Member:
     deadline_s: float = 0.0  # an expected member is waited for until then
     strikes: int = 0
     reason: str = ""
-    progress: Mapping[str, float] = field(default_factory=dict[str, float])
+    progress: Mapping[str, float] = field(default_factory=dict[str, float])  # of PROGRESS, what it has told
 
 
 Members = Mapping[str, Member]

@@ -140,7 +140,8 @@ def _heartbeat(state: RunState, event: Heartbeat) -> Step:
     if not membership.is_current(state.members, event.island, event.incarnation):
         return state, []
     member = state.members[event.island]
-    member = replace(member, last_seen_s=event.now_s, progress={**member.progress, **event.progress})
+    told = {name: value for name, value in event.progress.items() if name in membership.PROGRESS}
+    member = replace(member, last_seen_s=event.now_s, progress={**member.progress, **told})
     return replace(state, members=with_member(state.members, member)), []
 
 

@@ -129,11 +129,9 @@ class Exchange:
         if plan and plan.lease_id in self._plans.void:
             raise RoundAbandonedError
 
-    def void(self, lease_id: str, *, if_in_hand: bool = False) -> None:
-        """if_in_hand: what was said of work in hand says nothing of the same work once it is done, or even committed."""
+    def void(self, lease_id: str) -> None:
         with self.bell.ringing():
-            if not if_in_hand or (self.plan and self.plan.lease_id == lease_id):
-                self._plans.void.add(lease_id)
+            self._plans.void.add(lease_id)
 
     # ---- plans ----
 

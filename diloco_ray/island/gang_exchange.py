@@ -194,6 +194,8 @@ class GangExchange:
         base = self.base[p] if from_base else self.part.replica.parameters(p)
         self._payloads[p], payload, stats = self.part.encode(p, values, base)
         self.on_encoded(plan, p)
+        if self.residuals:  # on all ranks before any contribution of theirs counts
+            self._decide(lambda lead: None, "residual")
         if self.lead and payload is not None:
             told = {**metrics, "norm": stats.norm, "relative_error": stats.relative_error}
             base_version = (self.lead.base_versions if from_base else self.lead.replayed)[p]

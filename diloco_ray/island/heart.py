@@ -69,7 +69,8 @@ class Heart:
             case "go_on":
                 pass
             case "abandon":
-                exchange.void(lease_id, if_in_hand=True)  # the beat may have waited long for a coordinator
+                if exchange.plan is plan:  # else the answer was long on its way: the work is done, maybe committed
+                    exchange.void(lease_id)
             case "rejoin":
                 exchange.say_hello()
             case "fenced":

@@ -13,12 +13,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 from rich.table import Table
 
 from diloco_ray.config import RunConfig
 from diloco_ray.document import replica_of
+from diloco_ray.errors import ConfigError
 from diloco_ray.log.record import Record
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.verify import verify
@@ -36,6 +38,10 @@ def run_chaos(
     config: RunConfig, per_hour: float, minutes: float, seed: int, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Pilot, calm run, storm; the report as one JSON document, whose `ok` says that every invariant held."""
+    if config.inner.ranks > 1 or config.cluster.external_islands:
+        what = f"inner.ranks={config.inner.ranks}, cluster.external_islands={config.cluster.external_islands}"
+        remedy = "set inner.ranks=1 and cluster.external_islands=0: a storm strikes islands of one process, on one Ray"
+        raise ConfigError(what, where="chaos", remedy=remedy)
     prefix = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     cluster = config.cluster
     cluster = cluster.model_copy(update={"island_resources": {**cluster.island_resources, PLACE: 1.0}})
@@ -92,10 +98,8 @@ class _Watched:
         self.see(status)
 
     def tokens_per_s(self, within_s: float = math.inf) -> float:
-        """Committed, from the first round on."""
-        began_s, before = self.committed[0]
-        until_s, tokens = [seen for seen in self.committed if seen[0] - began_s <= within_s][-1]
-        return (tokens - before) / (until_s - began_s) if until_s > began_s else 0.0
+        """Committed, from the first round on; of rounds that end later than `within_s` the part that lies before."""
+        return tokens_per_s(self.committed, within_s)
 
     @property
     def rounds(self) -> Sequence[Mapping[str, Any]]:
@@ -115,7 +119,8 @@ def _report(calm: _Watched, stormy: _Watched, storm: Storm, storm_s: float, zomb
     lost = sorted(stormy.told - {record.index for record in records})
     doubled = num_doubled(records)
     in_storm, in_calm, tokens = stormy.tokens_per_s(storm_s), calm.tokens_per_s(), proof.tokens
-    between = tokens_per_s_between(stormy.committed, storm.faults)
+    began_s = stormy.committed[0][0]
+    between = tokens_per_s_between([seen for seen in stormy.committed if seen[0] - began_s <= storm_s], storm.faults)
     invariants = {
         "the run succeeded": stormy.last["state"] == "succeeded",
         "as many faults hit as the rate says": len(storm.faults) >= storm.num_planned,
@@ -156,6 +161,18 @@ def _report(calm: _Watched, stormy: _Watched, storm: Storm, storm_s: float, zomb
             "digest": proof.digest,
         },
     }
+
+
+def tokens_per_s(committed: Sequence[tuple[float, int]], within_s: float = math.inf) -> float:
+    """From the first to the last, or to `within_s` after the first; a round that spans that moment counts in part."""
+    (began_s, before), (end_s, most) = committed[0], committed[-1]
+    if end_s - began_s <= within_s:
+        return (most - before) / (end_s - began_s) if end_s > began_s else 0.0
+    for begin, end in pairwise(committed):
+        if end[0] - began_s > within_s:
+            part = (began_s + within_s - begin[0]) / (end[0] - begin[0])
+            return (begin[1] + part * (end[1] - begin[1]) - before) / within_s
+    raise AssertionError("the last one is past within_s")
 
 
 def tokens_per_s_between(committed: Sequence[tuple[float, int]], faults: Iterable[Fault]) -> float | None:

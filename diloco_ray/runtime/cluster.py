@@ -143,9 +143,10 @@ def _describe_shortage(settings: ClusterSettings, islands: Sequence[str], ranks:
 
 def place_island(settings: ClusterSettings, island: str, ranks: int) -> Any:
     """An actor for the island, to be told `live`."""
-    if ranks > 1:
-        return GangActor.options(max_concurrency=GANG_CALLS).remote(settings)
-    return IslandActor.options(**actor_options(settings.island_resources, selector_of(settings, island))).remote()
+    selector = selector_of(settings, island)
+    if ranks > 1:  # the actor of a gang takes nothing but care
+        return GangActor.options(**actor_options({}, selector), max_concurrency=GANG_CALLS).remote(settings)
+    return IslandActor.options(**actor_options(settings.island_resources, selector)).remote()
 
 
 def actor_options(resources: Mapping[str, float], label_selector: Mapping[str, str] | None = None) -> dict[str, Any]:

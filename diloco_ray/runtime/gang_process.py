@@ -44,29 +44,30 @@ def live_as_gang(
         return live_as_rank(job, name, process, connect, sync, speed, cluster.rank_timeout_s, home)
 
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a recipe's relative paths are meant from where the driver is
-    with tempfile.TemporaryDirectory(prefix="dr-gang-") as scratch:  # Ray Train wants one, and gets nothing to keep
-        trainer = TorchTrainer(
-            rank,
-            torch_config=TorchConfig(timeout_s=int(cluster.rank_timeout_s)),
-            scaling_config=ScalingConfig(
-                num_workers=job.inner.ranks,
-                use_gpu=cluster.island_resources.get("GPU", 0) > 0,
-                resources_per_worker=dict(cluster.island_resources),
-                placement_strategy="PACK",
-                label_selector=selector_of(cluster, name) or None,
-            ),
-            run_config=RunConfig(
-                name=f"{name}-{process[:8]}",
-                storage_path=scratch,
-                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
-            ),
-        )
-        try:
-            result: Any = trainer.fit()
-        except PreemptionError:  # Ray Train saw the notice as well
-            return PREEMPTED
-        except TrainingFailedError as error:
-            raise cause_of(error, name) from error
+    # Ray Train wants a folder, and has nothing to keep in it; a temporary one would outlive an actor that is ended.
+    scratch = os.path.join(tempfile.gettempdir(), f"dr-gang-{os.getuid()}")
+    trainer = TorchTrainer(
+        rank,
+        torch_config=TorchConfig(timeout_s=int(cluster.rank_timeout_s)),
+        scaling_config=ScalingConfig(
+            num_workers=job.inner.ranks,
+            use_gpu=cluster.island_resources.get("GPU", 0) > 0,
+            resources_per_worker=dict(cluster.island_resources),
+            placement_strategy="PACK",
+            label_selector=selector_of(cluster, name) or None,
+        ),
+        run_config=RunConfig(
+            name=f"{name}-{process[:8]}",
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+        ),
+    )
+    try:
+        result: Any = trainer.fit()
+    except PreemptionError:  # Ray Train saw the notice as well
+        return PREEMPTED
+    except TrainingFailedError as error:
+        raise cause_of(error, name) from error
     return result.return_value
 
 

@@ -131,8 +131,9 @@ def _preemptible(fail: Callable[[Exception], None], is_sent_home: Callable[[], b
 
     def look() -> None:
         while not done.wait(LOOK_EVERY_S):
-            if this_node_is_draining() or is_sent_home():
-                tell()
+            with contextlib.suppress(exceptions.RaySystemError, RuntimeError):  # a head that is away for a moment
+                if this_node_is_draining() or is_sent_home():
+                    tell()
 
     rays_own = signal.signal(signal.SIGTERM, tell) if hears_signals else None
     threading.Thread(target=look, name="notice", daemon=True).start()

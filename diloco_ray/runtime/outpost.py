@@ -36,21 +36,22 @@ def join_on_ray(run: Run, token: Token, tell: Callable[[str], None]) -> str:
     An island that dies is started again, and goes on from its own checkpoint with the data that it had. ClusterError
     where it dies too often; errors that a restart would meet again as they are.
     """
-    wait_for_places(
-        run.config.cluster,
-        [token.island],
-        run.config.inner.ranks,
-        tell,
-        least=1,
-        where="this cluster",
-        remedy="give this cluster more, or this island less: `--resource`",
-    )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` means the same as Ctrl-C
     failures = 0
     while True:
+        wait_for_places(
+            run.config.cluster,
+            [token.island],
+            run.config.inner.ranks,
+            tell,
+            least=1,
+            where="this cluster",
+            remedy="give this cluster more, or this island less: `--resource`",
+        )
         outpost = _Outpost(run, token)
         try:
+            outpost.begin()
             why = outpost.wait(_Teller(run, token.island, tell))
             if why == OVER:
                 return why
@@ -60,8 +61,9 @@ def join_on_ray(run: Run, token: Token, tell: Callable[[str], None]) -> str:
             return "interrupted"
         except exceptions.RayError as error:
             raise_if_hopeless(error)
-            if isinstance(error, exceptions.RayTaskError) and isinstance(error.cause, DiLoCoError):
-                raise error.cause from error
+            cause = error.cause if isinstance(error, exceptions.RayTaskError) else None
+            if isinstance(cause, DiLoCoError) and not isinstance(cause, ClusterError):  # a lost rank is no such reason
+                raise cause from error
             failures += 1
             if failures > run.config.cluster.max_island_failures:
                 raise ClusterError(
@@ -91,12 +93,17 @@ class _Outpost:
     """One process of the island."""
 
     def __init__(self, run: Run, token: Token):
-        cluster, process = run.config.cluster, uuid.uuid4().hex
-        self._has_ranks = run.config.inner.ranks > 1
-        self._actor: Any = place_island(cluster, token.island, run.config.inner.ranks)
-        self._node, self._pid = ray.get(self._actor.place.remote(), timeout=cluster.placement_timeout_s)
-        line = partial(connect, run, token, process)
-        self._life: Any = self._actor.live.remote(run.island_job(), token.island, process, line, run.config.sync)
+        self._run, self._token, self._has_ranks = run, token, run.config.inner.ranks > 1
+        self._actor: Any = place_island(run.config.cluster, token.island, run.config.inner.ranks)
+        self._node, self._pid = "", 0
+        self._life: Any = None
+
+    def begin(self) -> None:
+        """RayError where there is no room for it, though there was a moment ago."""
+        run, process = self._run, uuid.uuid4().hex
+        self._node, self._pid = ray.get(self._actor.place.remote(), timeout=run.config.cluster.placement_timeout_s)
+        line = partial(connect, run, self._token, process)
+        self._life = self._actor.live.remote(run.island_job(), self._token.island, process, line, run.config.sync)
 
     def wait(self, tell: Callable[[], None]) -> str:
         """Why it ended; raises what ended it."""
@@ -108,6 +115,8 @@ class _Outpost:
         """As a machine's notice would: what is done is sent, work in hand is given back. One process only on this very
         node: there is no other way to tell it while it is busy."""
         with contextlib.suppress(ProcessLookupError, exceptions.RayError):
+            if self._life is None:
+                return
             if self._has_ranks:
                 ray.get(self._actor.send_home.remote(), timeout=FAREWELL_S)
             elif self._node == ray.get_runtime_context().get_node_id():

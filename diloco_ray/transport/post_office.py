@@ -155,6 +155,8 @@ class PostOffice:
         epoch, call = body.get("epoch"), str(body.get("call"))
         if call not in CALLS or not isinstance(epoch, int):
             raise LetterError(f"form: there is no call {call[:40]!r}")
+        if call == "evaluated":
+            raise LetterError("name: the run's own evaluator measures it, not an island")
         if epoch != self._epoch:
             if epoch < self._epoch:
                 self._answer(path, token, {"not_for": self._epoch})

@@ -223,3 +223,9 @@ def test_a_finished_epoch_has_every_sequence_once_whatever_was_given_back(
             spent += [(r.shard, r.epoch, s) for r in lease.ranges for s in range(r.start, r.stop) if keep]
     finished = sorted(item for item in spent if item[1] < 2)
     assert finished == [(shard, epoch, s) for shard in shards for epoch in (0, 1) for s in range(shard_sizes[shard])]
+
+
+def test_an_island_with_a_name_of_its_own_has_a_shard_too_and_always_the_same() -> None:
+    names = [island_name(0), "eu-1", "eu-2", "us", "island-x", "7"]
+    shards = [ledger(10, 10, 10).shard_of(name) for name in names]
+    assert shards == [0, 2, 0, 1, 0, 2]

@@ -85,6 +85,9 @@ def test_a_pod_without_an_island_is_left_alone(hook: ModuleType, ray: Path) -> N
 
 
 def test_the_hook_looks_for_islands_as_ray_titles_them(hook: ModuleType) -> None:
+    from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
+
     from diloco_ray.runtime.island_actor import IslandActor
 
-    assert f"ray::{IslandActor.__ray_metadata__.class_name}".startswith(hook.ISLAND)
+    for name in (IslandActor.__ray_metadata__.class_name, RayTrainWorker.__name__):
+        assert f"ray::{name}".startswith(hook.ISLANDS)

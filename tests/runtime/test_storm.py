@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from diloco_ray.config import RunConfig
 from diloco_ray.coordination.messages import DataRange, Share
+from diloco_ray.errors import ConfigError
 from diloco_ray.log.record import Record
-from diloco_ray.runtime.chaos import num_doubled, tokens_per_s_between
+from diloco_ray.runtime.chaos import num_doubled, run_chaos, tokens_per_s, tokens_per_s_between
 from diloco_ray.runtime.storm import SHARES, Fault, Planned, Storm, schedule
 
 
@@ -119,6 +121,25 @@ def test_sequences_that_two_leases_spent_are_counted() -> None:
     once = [record(DataRange(0, 0, 0, 4)), record(DataRange(0, 0, 4, 8)), record(DataRange(0, 1, 0, 4))]
     assert num_doubled(once) == 0
     assert num_doubled([*once, record(DataRange(0, 0, 2, 5), DataRange(1, 0, 0, 9))]) == 3
+
+
+def test_a_storm_that_ends_in_a_stall_is_not_held_to_be_shorter() -> None:
+    """100 tokens in ten seconds, then none for fifty: what was committed is shared out over all the time."""
+    committed = [(1000.0, 500), (1010.0, 600), (1060.0, 700)]
+    assert tokens_per_s(committed) == pytest.approx(200 / 60)
+    assert tokens_per_s(committed, within_s=10.0) == pytest.approx(10.0)
+    assert tokens_per_s(committed, within_s=35.0) == pytest.approx(150 / 35)
+    assert tokens_per_s(committed, within_s=100.0) == pytest.approx(200 / 60)
+    assert tokens_per_s(committed[:1]) == 0.0
+
+
+def test_a_storm_for_islands_of_several_ranks_or_from_outside_is_refused_before_anything_is_trained(
+    tiny: dict[str, Any],
+) -> None:
+    for overrides in (["inner.ranks=2"], ["cluster.external_islands=1"]):
+        config = RunConfig.from_dict(tiny, overrides)
+        with pytest.raises(ConfigError, match="set inner.ranks=1 and cluster.external_islands=0"):
+            run_chaos(config, 60.0, 1.0, 0, print)
 
 
 def test_the_pace_between_faults_leaves_out_what_a_fault_touched_and_the_round_after() -> None:

@@ -17,7 +17,7 @@ from diloco_ray.algorithm.codecs import get_codec
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination.messages import InnerPlan, Verdict
 from diloco_ray.coordinator.coordinator import Coordinator
-from diloco_ray.errors import DeadlineError
+from diloco_ray.errors import DeadlineError, RunMismatchError
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.follower import Follower
 from diloco_ray.transport.in_memory import InMemoryTransport
@@ -311,8 +311,13 @@ def test_a_backlog_is_told_in_parts(store: RunStore, monkeypatch: pytest.MonkeyP
     assert [record.index for record, _ in line.follow("", 0, 0, 0.0).records] == [1]
 
 
-def test_measurements_are_remembered_by_their_outer_step(line: Transport) -> None:
+def test_measurements_are_remembered_by_their_outer_step_and_come_from_inside(line: Transport) -> None:
     assert line.measured() == set()
+    if isinstance(line, Correspondents):
+        with pytest.raises(RunMismatchError, match="the run's own evaluator measures it, not an island"):
+            line.evaluated(2, 2, {"loss": 1.5}, "")
+        assert line.measured() == set()
+        return
     line.evaluated(2, 2, {"loss": 1.5}, "")
     line.evaluated(2, 2, {"loss": 1.5}, "")
     assert line.measured() == {2}
