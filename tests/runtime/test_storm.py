@@ -138,7 +138,7 @@ def test_a_storm_for_islands_of_several_ranks_or_from_outside_is_refused_before_
 ) -> None:
     for overrides in (["inner.ranks=2"], ["cluster.external_islands=1"]):
         config = RunConfig.from_dict(tiny, overrides)
-        with pytest.raises(ConfigError, match="set inner.ranks=1 and cluster.external_islands=0"):
+        with pytest.raises(ConfigError, match=r"set inner\.ranks=1 and cluster\.external_islands=0"):
             run_chaos(config, 60.0, 1.0, 0, print)
 
 
