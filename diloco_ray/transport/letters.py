@@ -102,7 +102,7 @@ class Token:
         if parts:
             return Token(parts[1], parts[2], int(parts[3]), bytes.fromhex(parts[4]))
         raise ConfigError(
-            "this is not an island's token",
+            "this is not an island's token" if text.strip() else "there is no token",
             where="DILOCO_RAY_TOKEN",
             remedy="set it to what `diloco-ray token create RUN --name ISLAND` printed",
         )
