@@ -258,7 +258,6 @@ def test_a_token_is_read_from_its_text() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda text: "",
         lambda text: text[:-1],
         lambda text: text + "0",
         lambda text: text.replace("dr1", "dr2"),
@@ -276,6 +275,13 @@ def test_what_is_no_token_is_refused_and_not_repeated(change: Any) -> None:
         Token.read(text)
     assert TOKEN.key.hex()[:16] not in str(caught.value).lower()
     assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_a_token_that_is_not_set_is_missed(text: str) -> None:
+    with pytest.raises(ConfigError, match="there is no token") as caught:
+        Token.read(text)
+    assert caught.value.where == "DILOCO_RAY_TOKEN"
 
 
 def test_no_text_of_anything_has_a_secret_in_it() -> None:
