@@ -18,7 +18,7 @@ test: .venv/ready check          ## everything that CI runs
 	$(BIN)/diloco-ray simulate all --seeds 2000
 	$(BIN)/python -m pytest -m ray --durations 5
 
-unit: .venv/ready                ## the tier without Ray, under a minute
+unit: .venv/ready                ## the tier without Ray, some four minutes on two cores
 	$(BIN)/python -m pytest -m 'not ray' -n 2
 
 check: .venv/ready               ## style, types, import contracts

@@ -69,7 +69,9 @@ class Pace:
 @pytest.fixture
 def pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pace:
     """Of all processes that are started after it and train a `paced` recipe."""
-    monkeypatch.setenv("DILOCO_RAY_TEST_PACE", str(tmp_path / "pace"))
+    from tests.model.paced_module import PACE  # imports torch
+
+    monkeypatch.setenv(PACE, str(tmp_path / "pace"))
     return Pace(tmp_path / "pace")
 
 

@@ -207,6 +207,24 @@ def num_alive(status: dict[str, Any]) -> int:
     return sum(island["state"] == "alive" for island in status["islands"])
 
 
+def ranks_beside(pid: int) -> list[int]:
+    """Processes of Ray Train's workers that have the same parent as this one, which is a rank itself."""
+    mine = parent_of(pid)
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            is_rank = b"RayTrainWorker" in (folder / "cmdline").read_bytes()
+            if is_rank and int(folder.name) != pid and parent_of(int(folder.name)) == mine:
+                found.append(int(folder.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def epochs(folder: Path | str) -> list[int]:
     """The fence epochs of the coordinators that wrote the run's records."""
     return [record.fence_epoch for record in RunLog.open(RunStore(str(folder))).records]

@@ -50,7 +50,7 @@ def validation_of(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     A loss that was not finite is None, and never the best.
     """
-    found = {event["outer_step"]: event.get("loss") for event in of_kind(events, "evaluation")}
+    found = {event["outer_step"]: event["loss"] for event in of_kind(events, "evaluation")}
     points = [{"outer_step": step, "loss": loss} for step, loss in sorted(found.items())]
     if not points:
         return {"first": None, "last": None, "best": None}

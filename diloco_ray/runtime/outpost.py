@@ -40,18 +40,9 @@ def join_on_ray(run: Run, token: Token, tell: Callable[[str], None]) -> str:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` means the same as Ctrl-C
     failures = 0
     while True:
-        wait_for_places(
-            run.config.cluster,
-            [token.island],
-            run.config.inner.ranks,
-            tell,
-            least=1,
-            where="this cluster",
-            remedy="give this cluster more, or this island less: `--resource`",
-        )
         outpost = _Outpost(run, token)
         try:
-            outpost.begin()
+            outpost.begin(tell)
             why = outpost.wait(_Teller(run, token.island, tell))
             if why == OVER:
                 return why
@@ -93,17 +84,20 @@ class _Outpost:
     """One process of the island."""
 
     def __init__(self, run: Run, token: Token):
-        self._run, self._token, self._has_ranks = run, token, run.config.inner.ranks > 1
-        self._actor: Any = place_island(run.config.cluster, token.island, run.config.inner.ranks)
+        self._run, self._token, self._ranks = run, token, run.config.inner.ranks
+        self._actor: Any = None
         self._node, self._pid = "", 0
         self._life: Any = None
 
-    def begin(self) -> None:
-        """RayError where there is no room for it, though there was a moment ago."""
-        run, process = self._run, uuid.uuid4().hex
-        self._node, self._pid = ray.get(self._actor.place.remote(), timeout=run.config.cluster.placement_timeout_s)
+    def begin(self, tell: Callable[[str], None]) -> None:
+        """ClusterError where the cluster is too small for it, RayError where what it has is taken."""
+        run, island, cluster = self._run, self._token.island, self._run.config.cluster
+        remedy = "give this cluster more, or this island less: `--resource`"
+        wait_for_places(cluster, [island], self._ranks, tell, least=1, where="this cluster", remedy=remedy)
+        self._actor, process = place_island(cluster, island, self._ranks), uuid.uuid4().hex
+        self._node, self._pid = ray.get(self._actor.place.remote(), timeout=cluster.placement_timeout_s)
         line = partial(connect, run, self._token, process)
-        self._life = self._actor.live.remote(run.island_job(), self._token.island, process, line, run.config.sync)
+        self._life = self._actor.live.remote(run.island_job(), island, process, line, run.config.sync)
 
     def wait(self, tell: Callable[[], None]) -> str:
         """Why it ended; raises what ended it."""
@@ -114,10 +108,10 @@ class _Outpost:
     def send_home(self) -> None:
         """As a machine's notice would: what is done is sent, work in hand is given back. One process only on this very
         node: there is no other way to tell it while it is busy."""
+        if self._life is None:
+            return
         with contextlib.suppress(ProcessLookupError, exceptions.RayError):
-            if self._life is None:
-                return
-            if self._has_ranks:
+            if self._ranks > 1:
                 ray.get(self._actor.send_home.remote(), timeout=FAREWELL_S)
             elif self._node == ray.get_runtime_context().get_node_id():
                 os.kill(self._pid, signal.SIGTERM)
@@ -126,7 +120,8 @@ class _Outpost:
             ray.get(self._life, timeout=FAREWELL_S)
 
     def close(self) -> None:
-        ray.kill(self._actor, no_restart=True)
+        if self._actor is not None:
+            ray.kill(self._actor, no_restart=True)
         self._actor = self._life = None
 
 

@@ -3,6 +3,9 @@
 Real processes, a real S3 protocol, as many local Rays as there are commands.
 """
 
+import os
+import re
+import signal
 import sys
 import uuid
 from collections.abc import Iterator
@@ -19,7 +22,7 @@ from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.verify import verify
 from diloco_ray.observe.events import of_kind, read_events
 from tests.conftest import Pace
-from tests.processes import CLI, Command, assert_whole, uninterrupted, wait_for, write_recipe
+from tests.processes import CLI, Command, assert_whole, ranks_beside, uninterrupted, wait_for, write_recipe
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,7 +148,7 @@ def test_an_island_whose_token_is_revoked_is_told_so_and_ends(body: dict[str, An
         assert SECRET not in output
 
 
-def test_an_island_of_two_ranks_gives_its_work_back_when_it_is_interrupted_and_joins_again(
+def test_an_island_of_two_ranks_gives_its_work_back_when_it_is_interrupted_and_comes_back_when_it_loses_a_rank(
     body: dict[str, Any], tmp_path: Path, pace: Pace
 ) -> None:
     body |= {"islands": 1, "cluster": {"island_resources": {"CPU": 0.5}}}
@@ -157,9 +160,15 @@ def test_an_island_of_two_ranks_gives_its_work_back_when_it_is_interrupted_and_j
         run.wait_for_outer_steps(1)
         first.interrupt()
         assert "interrupted" in first.wait_for_end(130)
-        pace.let_go()
         again = run.island("eu-1")
+        joined = re.compile(r"eu-1 joined \(incarnation 2, pid (\d+) on")
+        wait_for(lambda: bool(joined.search(coordinator.output())), "it has joined again", again)
+        leads = int(joined.findall(coordinator.output())[0])
+        wait_for(lambda: len(ranks_beside(leads)) == 1, "both ranks are there", again)
+        os.kill(ranks_beside(leads)[0], signal.SIGKILL)
+        wait_for(lambda: "rank 1 died" in again.output(), "the loss is told", again)
+        pace.let_go()
         coordinator.wait_for_end()
-        again.wait_for_end()
+        assert "it is started again" in again.wait_for_end()
         assert "eu-1 left: preempted" in run.decisions()
         assert verify(run.store, replica_of).problems == ()

@@ -17,7 +17,7 @@ from diloco_ray.log.snapshot import restore
 from diloco_ray.log.verify import verify
 from diloco_ray.run import open_run, read_run
 from diloco_ray.simulation.in_process import train_in_process
-from tests.processes import Train, run_folder, training, write_recipe
+from tests.processes import Train, ranks_beside, run_folder, training, write_recipe
 
 pytestmark = pytest.mark.ray
 
@@ -32,24 +32,6 @@ def recipe(tiny: dict[str, Any]) -> dict[str, Any]:
     body["experiment"] = {"speeds": [0.3, 0.3]}  # rounds that are longer than what is seen of them is old
     body["cluster"] = {"island_resources": {"CPU": 0.25}, "rank_timeout_s": 30}
     return body
-
-
-def ranks_beside(pid: int) -> list[int]:
-    """Processes of Ray Train's workers that have the same parent as this one, which is a rank itself."""
-    mine = parent_of(pid)
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            is_rank = b"RayTrainWorker" in (folder / "cmdline").read_bytes()
-            if is_rank and int(folder.name) != pid and parent_of(int(folder.name)) == mine:
-                found.append(int(folder.name))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
-
-
-def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def is_in_the_middle(island: dict[str, Any], round: int) -> bool:
