@@ -28,7 +28,7 @@ from diloco_ray.runtime.cluster import connected
 from diloco_ray.runtime.driver import train_on_ray
 from diloco_ray.runtime.outpost import join_on_ray
 from diloco_ray.transport import tokens
-from diloco_ray.transport.letters import MAIL, Token
+from diloco_ray.transport.letters import MAIL, Token, mark_of
 from diloco_ray.transport.run_store import read_notice
 
 SECRET, LEAST_SECRET = "DILOCO_RAY_SECRET", 16
@@ -199,7 +199,11 @@ def secret_of_environment(remedy: str = "") -> str:
 def create_token(path: str, island: str, days: float | None = None) -> str:
     """A new token for an island of this run: a secret."""
     run = read_run(path)
-    secret = secret_of_environment(f"export the {SECRET} that this run's coordinator was started with")
+    remedy = f"export the {SECRET} that this run's coordinator was started with"
+    secret, notice = secret_of_environment(remedy), read_notice(run.store)
+    if notice is not None and notice.secret_mark != mark_of(secret, run.run_id):
+        what = f"this {SECRET} is not the one that the run's coordinator has: it would refuse the token"
+        raise ConfigError(what, where="the environment", remedy=f"{remedy}, or start it again with this one first")
     return tokens.create_token(run.store, run.run_id, secret, island, days).text
 
 

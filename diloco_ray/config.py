@@ -253,10 +253,11 @@ class RunConfig(Settings):
     @classmethod
     def from_dict(cls, body: Mapping[str, Any], overrides: Iterable[str] = (), *, where: str = "") -> "RunConfig":
         """The run that a recipe and its overrides describe, its preset written out in numbers."""
+        resolved = layered(body, overrides)
         try:
-            return cls.model_validate(layered(body, overrides).body)
+            return cls.model_validate(resolved.body)
         except ValidationError as error:
-            raise explain(error, cls, where) from None
+            raise explain(error, cls, where, resolved.sources) from None
 
     def identity(self) -> dict[str, Any]:
         """The fields that make the run what it is, flat: a resumed run must have the same."""

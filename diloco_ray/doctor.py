@@ -79,8 +79,10 @@ def _token() -> Finding:
     mode = os.environ.get("RAY_AUTH_MODE", "")
     has_token = bool(os.environ.get("RAY_AUTH_TOKEN")) or (Path.home() / TOKEN_FILE).exists()
     if mode != "token":
-        remedy = "export RAY_AUTH_MODE=token on every node and where jobs are submitted"
-        return Finding("Ray's token", f"RAY_AUTH_MODE is {mode or 'not set'}", remedy)
+        what, remedy = f"RAY_AUTH_MODE is {mode or 'not set'}", "export RAY_AUTH_MODE=token"
+        if os.environ.get("RAY_ADDRESS"):
+            return Finding("Ray's token", what, f"{remedy} on every node and where jobs are submitted")
+        return Finding("Ray's token", f"{what}: well for a Ray that `train` starts here; for a cluster, {remedy}")
     remedy = "" if has_token else "run `ray get-auth-token --generate`, and give every node the same token"
     return Finding("Ray's token", "there" if has_token else "RAY_AUTH_MODE is token, and there is none", remedy)
 

@@ -140,7 +140,7 @@ def open_run(config: RunConfig, *, progress: Callable[[int, int | None], None] |
     check_available(config.inner)
     document = _existing(store)
     if document:
-        check_same_recipe(document, config, store.url)
+        check_same_recipe(document, config, store.url, has_trained=len(store.list("log")) > 1)
     else:
         check_model(config)
     shards = _open_data(config, progress)
@@ -233,14 +233,17 @@ def _existing(store: RunStore) -> Mapping[str, Any] | None:
     return None
 
 
-def check_same_recipe(document: Mapping[str, Any], config: RunConfig, where: str) -> None:
+def check_same_recipe(document: Mapping[str, Any], config: RunConfig, where: str, *, has_trained: bool = True) -> None:
     """RunMismatchError with every field in which the recipe is another run's."""
+    remedy = "give the run another `--name`, or change these fields back to take the old run up again"
+    if not has_trained:
+        remedy += "; or delete the folder, since no outer step has been taken yet"
     changed = differences(document["identity"], config.identity())
     if changed:
         raise RunMismatchError(
             "this folder holds a run with another recipe:\n    " + "\n    ".join(changed),
             where=where,
-            remedy="give the run another `--name`, or change these fields back to take the old run up again",
+            remedy=remedy,
         )
 
 

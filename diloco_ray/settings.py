@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -40,13 +40,17 @@ _KINDS = {
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
-def explain(error: ValidationError, model: type[BaseModel], where: str) -> ConfigError:
+def explain(
+    error: ValidationError, model: type[BaseModel], where: str, sources: Mapping[str, str] | None = None
+) -> ConfigError:
     """All that is wrong with a recipe, each with its path, its value and a remedy.
 
-    A ValueError of our own says what and remedy, with a semicolon between.
+    A ValueError of our own says what and remedy, with a semicolon between. sources: where each field is from.
     """
     lines: list[str] = []
     remedies: list[str] = []
+    if all(_source(item["loc"], sources or {}) == "--set" for item in error.errors()):
+        where = "--set"
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
@@ -61,6 +65,12 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> Confi
         lines.append(f"{path}: {text}{given}" if path else text)
         remedies.append(remedy)
     return ConfigError("; ".join(lines), where=where, remedy="; ".join(dict.fromkeys(remedies)))
+
+
+def _source(path: tuple[int | str, ...], sources: Mapping[str, str]) -> str:
+    """Of the field at the path, or of the list that it is in."""
+    names = [str(part) for part in path]
+    return next((s for n in range(len(names), 0, -1) if (s := sources.get(".".join(names[:n])))), "")
 
 
 def nearest_of(name: str, names: Iterable[str]) -> str:

@@ -104,6 +104,20 @@ def test_a_wrong_override_is_refused_with_its_remedy(override: str, words: list[
     assert "as said above" not in text
 
 
+def test_a_refusal_says_whether_the_command_line_or_the_recipe_is_wrong(tmp_path: Path) -> None:
+    recipe = tmp_path / "wrong.yaml"
+    recipe.write_text("rounds: -1\nmodel: {path: here}\n")
+    for overrides, where in (
+        (["rounds=0"], "--set"),
+        (["rounds=1", "islands=[2.0, 3]", "no_such_key=1"], "--set"),
+        (["islands=[2.0, 3]"], str(recipe)),
+        ([], str(recipe)),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            RunConfig.from_yaml(recipe, overrides)
+        assert caught.value.where == where
+
+
 @pytest.mark.parametrize(("written", "value"), [("1", 1.0), ("1e-3", 0.001), ("2.5e3", 2500.0), ("1.0e+3", 1000.0)])
 def test_a_number_may_be_whole_and_have_any_exponent(written: str, value: float) -> None:
     fields = ("inner.learning_rate", "outer.learning_rate", "sync.launch_interval_s", "inner.clip_norm")

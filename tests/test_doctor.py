@@ -33,11 +33,22 @@ def test_storage_that_cannot_commit_is_refused(tmp_path: Path) -> None:
     assert found.remedy
 
 
-@pytest.mark.parametrize(("mode", "token", "is_well"), [("", "", False), ("token", "", False), ("token", "t", True)])
+@pytest.mark.parametrize(
+    ("address", "mode", "token", "is_well"),
+    [
+        ("10.0.0.1:6379", "", "", False),
+        ("10.0.0.1:6379", "token", "", False),
+        ("10.0.0.1:6379", "token", "t", True),
+        ("", "token", "", False),
+        ("", "", "", True),
+    ],
+)
 def test_a_missing_token_is_told_with_what_to_set(
-    mode: str, token: str, is_well: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    address: str, mode: str, token: str, is_well: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A Ray of this machine's own needs none."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
     done = CliRunner().invoke(app, ["doctor", "--storage", str(tmp_path / "runs")])

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from diloco_ray.observe.status import STATUS
 from diloco_ray.run import open_run, read_run
 from diloco_ray.simulation.in_process import begin, make_island, train_in_process
 from diloco_ray.transport.in_memory import InMemoryTransport
-from diloco_ray.transport.letters import NOTICE
+from diloco_ray.transport.letters import NOTICE, Notice, mark_of
 from tests.processes import digests, run_folder, write_recipe
 
 
@@ -39,6 +39,17 @@ def test_a_changed_recipe_is_refused_with_each_changed_field(tiny: dict[str, Any
         opened(tiny, "outer.learning_rate=0.1", "inner.steps_per_round=7")
     assert "outer.learning_rate: 0.7 -> 0.1" in str(caught.value)
     assert "inner.steps_per_round: 6 -> 7" in str(caught.value)
+
+
+def test_a_run_that_has_not_trained_may_be_deleted_for_another_recipe(tiny: dict[str, Any]) -> None:
+    opened(tiny)
+    with pytest.raises(RunMismatchError) as caught:
+        opened(tiny, "seed=8")
+    assert caught.value.remedy.endswith("or delete the folder, since no outer step has been taken yet")
+    train_in_process(opened(tiny))
+    with pytest.raises(RunMismatchError) as caught:
+        opened(tiny, "seed=8")
+    assert "delete" not in caught.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -306,5 +317,25 @@ def test_a_run_that_is_over_is_taken_up_once_more_where_islands_from_outside_hav
     over = {"state": "succeeded", "outer_steps": 4, "rounds": 4, "validation": {"last": {"outer_step": 4}}}
     run.store.write(STATUS, canonical_json(over))
     for state, found in (("running", None), ("succeeded", over)):
-        run.store.write(NOTICE, canonical_json({"fence_epoch": 1, "state": state, "reason": "", "config": {}}))
+        run.store.write(NOTICE, canonical_json(asdict(Notice(1, state, "", {}, ""))))
         assert api.finished_status(run) == found
+
+
+# ---- tokens ----
+
+
+def test_a_token_of_another_secret_than_the_coordinators_is_refused_where_it_is_made(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = opened(tiny)
+    mine, other = "the coordinator's own secret", "a secret of somebody else"
+    monkeypatch.setenv(api.SECRET, other)
+    assert api.create_token(run.store.url, "eu-1")  # before there is a coordinator
+    notice = Notice(1, "running", "", {}, mark_of(mine, run.run_id))
+    run.store.write(NOTICE, canonical_json(asdict(notice)))
+    with pytest.raises(ConfigError, match="is not the one that the run's coordinator has") as caught:
+        api.create_token(run.store.url, "eu-1")
+    assert mine not in str(caught.value)
+    assert other not in str(caught.value)
+    monkeypatch.setenv(api.SECRET, mine)
+    assert api.create_token(run.store.url, "eu-1")

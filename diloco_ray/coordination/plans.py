@@ -194,16 +194,13 @@ def watch_the_wait(state: RunState, now_s: float) -> Step:
         why = "; ".join(membership.why_not(state.members, name) for name in barred)
         reason = f"too few islands are left for at least {rules.min_islands} of {rules.max_islands}: {why}"
         return replace(state, phase="failed", reason=reason), [End("failed", reason)]
+    reason = f"{num_alive} of at least {rules.min_islands} islands alive; waiting up to {rules.waiting_timeout_s:g} s"
     if state.waiting_since_s is None:
-        reason = (
-            f"{num_alive} of at least {rules.min_islands} islands alive; waiting up to {rules.waiting_timeout_s:g} s"
-        )
-        if state.phase == "gathering":
-            return replace(state, waiting_since_s=now_s, reason=reason), []
-        return replace(state, waiting_since_s=now_s, phase="waiting", reason=reason), [Note(reason)]
+        phase = "gathering" if state.phase == "gathering" else "waiting"
+        return replace(state, waiting_since_s=now_s, phase=phase, reason=reason), [Note(reason)]
     if now_s - state.waiting_since_s > rules.waiting_timeout_s:
         gone = [membership.whereabouts(m) for m in state.members.values() if m.standing != "alive"]
         reason = f"{num_alive} of at least {rules.min_islands} islands alive after {rules.waiting_timeout_s:g} s"
         reason += f"; missing: {', '.join(gone) or 'none ever joined'}"
         return replace(state, phase="failed", reason=reason), [End("failed", reason)]
-    return state, []
+    return updated(state, reason=reason), []

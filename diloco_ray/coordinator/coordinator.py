@@ -53,7 +53,7 @@ from diloco_ray.log.run_log import RunLog, check_fence, take_fence
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import prune_snapshots, restore, save_snapshot
 from diloco_ray.observe.events import of_kind
-from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
+from diloco_ray.transport.protocol import Beat, Bytes, Hello, Order, SnapshotState, Step, Tidings, Welcome
 
 Job = Callable[[], Event | None]
 MAX_VERDICTS = 1000  # answers kept for those who have not yet asked; one that is lost is given again
@@ -148,20 +148,31 @@ class Coordinator:
     def verdict_on(self, contribution: Contribution) -> Verdict:
         return self._verdicts.get((contribution.key, contribution.payload_sha256), Verdict("pending"))
 
-    def news(self, island: str, incarnation: int, after: int, held: str) -> News | None:
+    def news(self, island: str, incarnation: int, after: int, held: str) -> Tidings | None:
         """None: nothing new past `after` and no plan that follows `held`. Observers follow with an empty name."""
         if self.is_fenced:
             return None  # the run may go on elsewhere: its successor knows
+        is_behind = after < self.state.index
         if ended(self.state):
-            records = self._feed.records_after(after, self.state.index)
-            return News("ok", records) if records else News("over", reason=self.state.reason)
+            return Tidings("ok", records=True) if is_behind else Tidings("over", reason=self.state.reason)
         if island and not is_current(self.state.members, island, incarnation):
             if may_return(self.state.members, island, incarnation):
-                return News("rejoin")
-            return News("fenced", reason=why_not(self.state.members, island))
+                return Tidings("rejoin")
+            return Tidings("fenced", reason=why_not(self.state.members, island))
         plan = plan_for(self.state, island, incarnation, held)
-        records = self._feed.records_after(after, self.state.index)
-        return News("ok", records, plan) if records or plan else None
+        return Tidings("ok", is_behind, plan) if is_behind or plan else None
+
+    def records_after(self, after: int) -> tuple[Step, ...]:
+        """The first of those that `news` speaks of."""
+        return self.recent_after(after) or (self.old_record(after + 1),)
+
+    def recent_after(self, after: int) -> tuple[Step, ...]:
+        """The same, where they are in memory."""
+        return self._feed.recent_after(after)
+
+    def old_record(self, index: int) -> Step:
+        """Read from the store, on any thread."""
+        return self._feed.read(index)
 
     def snapshot(self, first: bool = False) -> SnapshotState:
         return self._feed.snapshot(first)

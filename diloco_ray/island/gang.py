@@ -7,8 +7,10 @@ as flat tensors. It does not know what is decided.
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from typing import Any
 
@@ -104,6 +106,14 @@ class Gang:
             raise self._raised_elsewhere(answer["trouble"])
         return answer["value"]
 
+    def lead_alone(self, act: Callable[[], object], what: str) -> None:
+        """Rank 0 acts for as long as that takes; the others hear again and again that it still does."""
+        done: Future[object] = Future()
+        if self.leads:
+            threading.Thread(target=_run, args=(act, done), name=what, daemon=True).start()
+        while not self.decide(lambda: _is_done(done, self.timeout_s / 4), what):
+            pass
+
     def all_equal(self, value: Any, what: str) -> bool:
         """Whether this, as JSON, is the same on all ranks."""
         notes = self._collect({"value": value}, what)
@@ -161,6 +171,21 @@ class Gang:
         if note["signal"]:
             return _SIGNALS[note["signal"]]()
         return RankLostError(f"another rank of this island has failed: {note['text']}", where=self.island)
+
+
+def _run(act: Callable[[], object], done: "Future[object]") -> None:
+    try:
+        done.set_result(act())
+    except BaseException as error:
+        done.set_exception(error)
+
+
+def _is_done(done: "Future[object]", within_s: float) -> bool:
+    """Raises what it ended with."""
+    is_done = bool(wait([done], within_s).done)
+    if is_done:
+        done.result()
+    return is_done
 
 
 def _as_note(error: Exception) -> dict[str, str]:

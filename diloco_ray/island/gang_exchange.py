@@ -145,9 +145,11 @@ class GangExchange:
 
     # ---- its life ----
 
+    def say_hello(self) -> None:
+        self.gang.lead_alone(lambda: self.lead and self.lead.say_hello(), "hello")
+
     def start(self) -> None:
-        if self.lead:
-            self.lead.start()
+        self.gang.lead_alone(lambda: self.lead and self.lead.start(), "snapshot")
         self.part.load(self.lead.take_snapshot() if self.lead else None)
 
     def poll(self) -> None:

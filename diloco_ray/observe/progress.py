@@ -9,7 +9,19 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-TOLD = ("joined", "lost", "left", "quarantined", "rejected", "waiting", "alive", "join in time", "void", "overran")
+TOLD = (
+    "joined",
+    "lost",
+    "left",
+    "quarantined",
+    "rejected",
+    "refused",
+    "waiting",
+    "alive",
+    "join in time",
+    "void",
+    "overran",
+)
 
 
 def human_bytes(count: float) -> str:

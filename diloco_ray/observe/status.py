@@ -76,9 +76,9 @@ def read_status(store: StatusFolder) -> dict[str, Any]:
     """The status document; a run whose driver is gone says `interrupted`."""
     if not store.exists(STATUS):
         raise RunMismatchError(
-            f"no {STATUS}: no run, or one that has not started",
+            f"no {STATUS}: no run, or one whose coordinator has not started yet",
             where=store.url,
-            remedy="name a run's folder, such as runs/quickstart",
+            remedy="name a run's folder, such as runs/quickstart; while `train` waits for places, it says so itself",
         )
     try:
         document = json.loads(store.read(STATUS))

@@ -1,16 +1,19 @@
 """The Ray cluster: connecting to one or starting one, and the islands' places in it."""
 
+import contextlib
 import logging
 import os
 import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray import exceptions
+from ray._private import worker as rays_worker
 from ray._private.state import state as rays_state
+from ray.util.placement_group import remove_placement_group
 
 from diloco_ray.config import ClusterSettings
 from diloco_ray.errors import ClusterError
@@ -21,7 +24,7 @@ LISTENS_WITHIN_S = 10.0
 OWN = "{island}"  # in a label's value: the island's own name
 
 
-@contextmanager
+@contextlib.contextmanager
 def connected(address: str | None, **local: Any) -> Iterator[None]:
     """This process's own Ray, else the one that `address` or RAY_ADDRESS names, else a local one for this run.
 
@@ -113,16 +116,26 @@ def wait_for_places(
     where: str,
     remedy: str,
 ) -> None:
-    """Until the least of the islands can be placed. Tells what is missing; ClusterError if it is for too long."""
+    """Until the least of the islands can be placed. Tells what is missing; ClusterError if it is for too long, and at
+    once where nobody will add nodes.
+    """
     until_s, is_told = time.monotonic() + settings.placement_timeout_s, False
     while len(placeable(settings, islands, ranks)) < least:
         shortage = _describe_shortage(settings, islands, ranks, least)
+        if _is_own():
+            raise ClusterError(f"{shortage}, and this Ray, started here, gets no others", where=where, remedy=remedy)
         if not is_told:
             tell(f"{shortage}; waiting up to {settings.placement_timeout_s:g} s")
             is_told = True
         if time.monotonic() > until_s:
             raise ClusterError(f"{shortage} after {settings.placement_timeout_s:g} s", where=where, remedy=remedy)
         time.sleep(POLL_S)
+
+
+def _is_own() -> bool:
+    """Whether this very process has started the Ray that it is connected to. Ray has no public word for it."""
+    node: Any = rays_worker._global_node
+    return node is not None and node.is_head()
 
 
 def _describe_shortage(settings: ClusterSettings, islands: Sequence[str], ranks: int, least: int) -> str:
@@ -141,12 +154,27 @@ def _describe_shortage(settings: ClusterSettings, islands: Sequence[str], ranks:
     return f"the cluster can place {len(placed)} of at least {least} islands{of_ranks}{labels} ({'; '.join(parts)})"
 
 
-def place_island(settings: ClusterSettings, island: str, ranks: int) -> Any:
-    """An actor for the island, to be told `live`."""
-    selector = selector_of(settings, island)
-    if ranks > 1:  # the actor of a gang takes nothing but care
-        return GangActor.options(**actor_options({}, selector), max_concurrency=GANG_CALLS).remote(settings)
-    return IslandActor.options(**actor_options(settings.island_resources, selector)).remote()
+class Place:
+    """An island's place in the cluster. actor: to be told `live`."""
+
+    def __init__(self, settings: ClusterSettings, island: str, ranks: int):
+        selector = selector_of(settings, island)
+        self._rooms: Any = None
+        if ranks > 1:  # the actor of a gang takes nothing but care
+            self.actor: Any = GangActor.options(**actor_options({}, selector), max_concurrency=GANG_CALLS).remote(
+                settings
+            )
+            self._rooms = self.actor.rooms.remote()
+        else:
+            self.actor = IslandActor.options(**actor_options(settings.island_resources, selector)).remote()
+
+    def clear(self) -> None:
+        """Ends what is there, ranks included, whose rooms Ray keeps for an actor that was killed."""
+        ray.kill(self.actor, no_restart=True)
+        if self._rooms is None or not ray.wait([self._rooms], timeout=0)[0]:
+            return
+        with contextlib.suppress(exceptions.RayError):
+            remove_placement_group(ray.get(self._rooms, timeout=POLL_S))
 
 
 def actor_options(resources: Mapping[str, float], label_selector: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from diloco_ray.log.run_log import check_fence
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.observe.status import STATUS
 from diloco_ray.runtime.office import Mail, OfficeThread
-from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
+from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Step, Tidings, Welcome
 
 TICK_S = 0.5
 REMOTE_STATUS_EVERY_S = 10.0  # a bucket is not asked more often than this
@@ -68,11 +68,21 @@ class CoordinatorActor:
     async def follow(self, island: str, incarnation: int, after: int, wait_s: float, held: str) -> News:
         until = asyncio.get_running_loop().time() + wait_s
         while True:
-            news = self._coordinator.news(island, incarnation, after, held)
+            tidings = self._coordinator.news(island, incarnation, after, held)
             left_s = until - asyncio.get_running_loop().time()
-            if news or left_s <= 0:
-                return news or News("ok")
+            if tidings or left_s <= 0:
+                return News.of(tidings or Tidings("ok"), await self._records_of(tidings, after))
             await self._change(left_s)
+
+    async def _records_of(self, tidings: Tidings | None, after: int) -> tuple[Step, ...]:
+        """Old ones are read beside the loop: nobody's heartbeat waits for a bucket."""
+        if not tidings or not tidings.records:
+            return ()
+        recent = self._coordinator.recent_after(after)
+        if recent:
+            return recent
+        loop = asyncio.get_running_loop()
+        return (await loop.run_in_executor(self._files, self._coordinator.old_record, after + 1),)
 
     async def measured(self) -> set[int]:
         return self._coordinator.measured()

@@ -25,7 +25,7 @@ from diloco_ray.errors import (
 )
 from diloco_ray.ids import island_name
 from diloco_ray.run import Run
-from diloco_ray.runtime.cluster import POLL_S, actor_options, place_island, placeable, wait_for_places
+from diloco_ray.runtime.cluster import POLL_S, Place, actor_options, placeable, wait_for_places
 from diloco_ray.runtime.coordinator_actor import MAX_WAITING_CALLS, CoordinatorActor
 from diloco_ray.runtime.island_actor import EvaluatorActor
 from diloco_ray.runtime.island_process import PREEMPTED
@@ -45,7 +45,7 @@ class Life:
 
     name: str
     process: str
-    actor: Any
+    place: Place
 
 
 def train_on_ray(run: Run, watch: Watcher, secret: str = "") -> dict[str, Any]:
@@ -105,7 +105,10 @@ class _Driver:
         return self._finish()
 
     def stop(self) -> None:
-        for actor in [life.actor for life in self._lives.values()] + [self._evaluator, self._coordinator]:
+        for life in self._lives.values():
+            life.place.clear()
+        actors: list[Any] = [self._evaluator, self._coordinator]
+        for actor in actors:
             if actor is not None:
                 ray.kill(actor, no_restart=True)
 
@@ -116,8 +119,8 @@ class _Driver:
         cluster, job = self._run.config.cluster, self._run.island_job()
         speed, sync = self._run.speed_of(self._names.index(name)), self._run.config.sync
         connect = partial(RayTransport, self._coordinator, sync.coordinator_timeout_s)
-        actor = place_island(cluster, name, job.inner.ranks)
-        self._lives[actor.live.remote(job, name, process, connect, sync, speed)] = Life(name, process, actor)
+        place = Place(cluster, name, job.inner.ranks)
+        self._lives[place.actor.live.remote(job, name, process, connect, sync, speed)] = Life(name, process, place)
 
     def _start_evaluator(self) -> None:
         resources = self._run.config.evaluation.resources
@@ -136,6 +139,7 @@ class _Driver:
                 self._tend_island(self._lives.pop(ref), ref)
 
     def _tend_island(self, life: Life, ref: Any) -> None:
+        life.place.clear()
         try:
             if ray.get(ref, timeout=POLL_S) == PREEMPTED:  # no failure: it comes back where there is room
                 self._start_island(life.name)
@@ -161,7 +165,7 @@ class _Driver:
         silent = {i["process"] for i in status["islands"] if i["state"] == "lost" and i["last_seen_s"] > patience_s}
         for life in self._lives.values():
             if life.process in silent:
-                ray.kill(life.actor, no_restart=True)  # its call ends with an error, which `_tend` sees
+                life.place.clear()  # its call ends with an error, which `_tend` sees
 
     def _tend_evaluator(self) -> bool:
         """Whether it has measured all; one that died is brought back."""
@@ -240,7 +244,7 @@ class _Driver:
                 raise DeadlineError(f"the evaluator did not finish in {EVALUATION_TIMEOUT_S:g} s", where="evaluator")
             self._show(*self._ask())
         self._show(*self._ask())
-        return ray.get(self._coordinator.finish.remote(), timeout=60.0)
+        return ray.get(self._coordinator.finish.remote(), timeout=self._silence_s)
 
 
 def reason_of(error: BaseException) -> str:

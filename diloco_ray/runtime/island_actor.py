@@ -8,13 +8,14 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import ray
 
 from diloco_ray.errors import ConfigError
 
-GANG_CALLS = 4  # its life, and questions meanwhile
+GANG_CALLS = 5  # its life, where its ranks are, and questions meanwhile
 
 
 @contextlib.contextmanager
@@ -60,10 +61,19 @@ class GangActor:
 
     def __init__(self, cluster: Any) -> None:
         self._cluster, self._is_sent_home = cluster, False
+        self._rooms: Future[Any] = Future()
 
     def place(self) -> tuple[str, int]:
         """Ray's id of its node, and its process there."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def rooms(self) -> Any:
+        """The placement group of its ranks, once they are there."""
+        return self._rooms.result()
+
+    def moved_in(self, rooms: Any) -> None:
+        """A rank's word, where it is."""
+        self._rooms.set_result(rooms)
 
     def send_home(self) -> None:
         """The ranks learn of it as of a notice that their node is draining."""

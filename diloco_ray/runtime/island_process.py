@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray import exceptions
+from ray.util.placement_group import get_current_placement_group
 
 from diloco_ray.coordination.settings import SyncSettings
 from diloco_ray.errors import DiLoCoError
@@ -59,6 +60,8 @@ def live_as_rank(
     """As `live_as_island`, for one rank of an island, in a process group that is there already. home: its GangActor."""
     with collecting_later():
         gang = Gang(name, rank_timeout_s)
+        if gang.leads:
+            home.moved_in.remote(get_current_placement_group())
         island = Island(job, _identity(name, process), connect() if gang.leads else None, gang=gang)
     return _live(island, island.exchange if gang.leads else None, sync, speed, partial(_is_sent_home, home))
 
@@ -99,8 +102,8 @@ def _live(
 
 def _train(island: Island, lead: Exchange | None, sync: SyncSettings, speed: float) -> None:
     heart = None
+    island.link.say_hello()
     if lead:
-        lead.say_hello()
         heart = Heart(lead, lead.transport, sync.heartbeat_every_s, sync.stall_timeout_s)
     try:
         island.start()  # on a slow line the model takes longer than silence is borne

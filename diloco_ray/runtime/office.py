@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,12 +16,13 @@ from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.errors import FencedError, StoreError
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.post_office import PostOffice
-from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Welcome
+from diloco_ray.transport.protocol import Beat, Bytes, Hello, Order, SnapshotState, Step, Tidings, Welcome
 from diloco_ray.transport.tokens import KeyRing
 
 DOOR_TIMEOUT_S = 90.0  # over the coordinator's own time-outs
 CLOSING_S = 20.0  # for the turn that is under way
 LARGE_LETTERS_AT_ONCE = 4
+RENEWED_EVERY_S = 30.0  # the notice: one that woke up between its look at the fence and its word may have covered it
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class OfficeThread:
             KeyRing(store, job.rules.run_id, mail.secret),
             run_id=job.rules.run_id,
             fence_epoch=coordinator.fence_epoch,
-            max_payload_bytes=max(job.rules.payload_bytes),
+            payload_bytes=job.rules.payload_bytes,
             note=coordinator.report.note,
             beside=ThreadPoolExecutor(LARGE_LETTERS_AT_ONCE, thread_name_prefix="letters"),
         )
@@ -60,13 +62,13 @@ class OfficeThread:
         self._office.turn()
 
     def _keep(self) -> None:
-        pause_s, told, is_waiting = self._mail.poll_s / 10, "", False
+        pause_s, told, is_waiting, renew_s = self._mail.poll_s / 10, "", False, 0.0
         while not (self._coordinator.is_fenced or self._closing.wait(pause_s)):
             state, was_busy = self._coordinator.state, False
             try:
-                if state.phase != told and (not told or ended(state)):
+                if time.monotonic() > renew_s or (state.phase != told and ended(state)):
                     self._office.put_up_notice(self._mail.config, state.phase, state.reason)
-                    told = state.phase
+                    told, renew_s = state.phase, time.monotonic() + RENEWED_EVERY_S
                 was_busy, is_waiting = self._office.turn(), False
             except FencedError:
                 return
@@ -92,8 +94,11 @@ class _DoorsOfALoop:
     def submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
         return self._knock(self._actor.submit, contribution, payload)
 
-    def news(self, island: str, incarnation: int, after: int, held: str) -> News | None:
+    def news(self, island: str, incarnation: int, after: int, held: str) -> Tidings | None:
         return self._knock(self._coordinator.news, island, incarnation, after, held)
+
+    def records_after(self, after: int) -> tuple[Step, ...]:
+        return self._coordinator.records_after(after)
 
     def snapshot(self, first: bool) -> SnapshotState:
         return self._knock(self._actor.snapshot, first)

@@ -20,7 +20,7 @@ from diloco_ray.document import replica_of
 from diloco_ray.errors import ClusterError, DiLoCoError
 from diloco_ray.observe.status import read_status
 from diloco_ray.run import Run
-from diloco_ray.runtime.cluster import POLL_S, place_island, wait_for_places
+from diloco_ray.runtime.cluster import POLL_S, Place, wait_for_places
 from diloco_ray.runtime.driver import raise_if_hopeless, reason_of
 from diloco_ray.runtime.island_process import OVER
 from diloco_ray.transport.letters import Token
@@ -85,7 +85,7 @@ class _Outpost:
 
     def __init__(self, run: Run, token: Token):
         self._run, self._token, self._ranks = run, token, run.config.inner.ranks
-        self._actor: Any = None
+        self._place: Place | None = None
         self._node, self._pid = "", 0
         self._life: Any = None
 
@@ -94,10 +94,10 @@ class _Outpost:
         run, island, cluster = self._run, self._token.island, self._run.config.cluster
         remedy = "give this cluster more, or this island less: `--resource`"
         wait_for_places(cluster, [island], self._ranks, tell, least=1, where="this cluster", remedy=remedy)
-        self._actor, process = place_island(cluster, island, self._ranks), uuid.uuid4().hex
-        self._node, self._pid = ray.get(self._actor.place.remote(), timeout=cluster.placement_timeout_s)
-        line = partial(connect, run, self._token, process)
-        self._life = self._actor.live.remote(run.island_job(), island, process, line, run.config.sync)
+        self._place, process = Place(cluster, island, self._ranks), uuid.uuid4().hex
+        actor, line = self._place.actor, partial(connect, run, self._token, process)
+        self._node, self._pid = ray.get(actor.place.remote(), timeout=cluster.placement_timeout_s)
+        self._life = actor.live.remote(run.island_job(), island, process, line, run.config.sync)
 
     def wait(self, tell: Callable[[], None]) -> str:
         """Why it ended; raises what ended it."""
@@ -108,11 +108,11 @@ class _Outpost:
     def send_home(self) -> None:
         """As a machine's notice would: what is done is sent, work in hand is given back. One process only on this very
         node: there is no other way to tell it while it is busy."""
-        if self._life is None:
+        if self._place is None or self._life is None:
             return
         with contextlib.suppress(ProcessLookupError, exceptions.RayError):
             if self._ranks > 1:
-                ray.get(self._actor.send_home.remote(), timeout=FAREWELL_S)
+                ray.get(self._place.actor.send_home.remote(), timeout=FAREWELL_S)
             elif self._node == ray.get_runtime_context().get_node_id():
                 os.kill(self._pid, signal.SIGTERM)
             else:
@@ -120,9 +120,9 @@ class _Outpost:
             ray.get(self._life, timeout=FAREWELL_S)
 
     def close(self) -> None:
-        if self._actor is not None:
-            ray.kill(self._actor, no_restart=True)
-        self._actor = self._life = None
+        if self._place is not None:
+            self._place.clear()
+        self._place = self._life = None
 
 
 class _Teller:

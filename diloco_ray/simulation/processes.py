@@ -23,7 +23,7 @@ from diloco_ray.log.run_store import RunStore
 from diloco_ray.simulation.audit import Audit
 from diloco_ray.simulation.green import Hub, Process
 from diloco_ray.simulation.network import Line, Network
-from diloco_ray.transport.protocol import Bytes, News
+from diloco_ray.transport.protocol import Bytes, News, told
 
 TICK_S = 0.5
 FOLLOW_S = 10.0
@@ -143,7 +143,7 @@ class CoordinatorLife:
     def _news(self, island: str, incarnation: int, after: int, wait_s: float, held: str) -> News:
         until_s = self._hub.now_s + wait_s
         while True:
-            news: News | None = self._undisturbed(lambda c: c.news(island, incarnation, after, held))
+            news: News | None = self._undisturbed(lambda c: told(c, island, incarnation, after, held))
             for record, _ in news.records if news else ():
                 self._audit.announced(record.index)
             if news or self._hub.now_s >= until_s:

@@ -6,7 +6,7 @@ import numpy as np
 
 from diloco_ray.coordination.messages import Contribution, Verdict
 from diloco_ray.errors import DeadlineError
-from diloco_ray.transport.protocol import Beat, Bytes, Doors, Hello, News, Order, SnapshotState, Welcome
+from diloco_ray.transport.protocol import Beat, Bytes, Doors, Hello, News, Order, SnapshotState, Welcome, told
 
 
 class InMemoryTransport:
@@ -28,7 +28,7 @@ class InMemoryTransport:
         return verdict
 
     def follow(self, island: str, incarnation: int, after: int, wait_s: float, held: str = "") -> News:
-        return self._doors.news(island, incarnation, after, held) or News("ok")
+        return told(self._doors, island, incarnation, after, held) or News("ok")
 
     def snapshot(self, first: bool = False) -> SnapshotState:
         return self._doors.snapshot(first)

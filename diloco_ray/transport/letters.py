@@ -19,13 +19,13 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from diloco_ray.coordination.messages import Contribution, InnerPlan, Verdict
+from diloco_ray.coordination.messages import Contribution, Verdict
 from diloco_ray.errors import ConfigError
-from diloco_ray.transport.protocol import Beat, Hello, News, Order, Welcome
+from diloco_ray.transport.protocol import Beat, Hello, Order, Tidings, Welcome
 
 MAIL = "mail"
 NOTICE = f"{MAIL}/coordinator.json"
@@ -45,22 +45,14 @@ class LetterError(Exception):
 
 @dataclass(frozen=True)
 class Notice:
-    """What everybody may read of the coordinator. Nobody signs it. config: the recipe as it is driven now."""
+    """What everybody may read of the coordinator. Nobody signs it. config: the recipe as it is driven now.
+    secret_mark: by which whoever has a secret can tell whether it is the coordinator's."""
 
     fence_epoch: int
     state: str
     reason: str
     config: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Tidings:
-    """News, but that records are only said to be there: whoever asked reads them from the log."""
-
-    standing: Literal["ok", "rejoin", "fenced", "over"]
-    records: bool = False
-    plan: InnerPlan | None = None
-    reason: str = ""
+    secret_mark: str
 
 
 CALLS: Mapping[str, tuple[TypeAdapter[Any], TypeAdapter[Any]]] = {  # arguments, answer
@@ -72,6 +64,10 @@ CALLS: Mapping[str, tuple[TypeAdapter[Any], TypeAdapter[Any]]] = {  # arguments,
     "measured": (TypeAdapter(tuple[()]), TypeAdapter(set[int])),
     "evaluated": (TypeAdapter(tuple[int, int, dict[str, float], str]), TypeAdapter(None)),
 }
+
+
+def mark_of(secret: str, run_id: str) -> str:
+    return hmac.new(secret.encode(), f"{run_id}/mark".encode(), hashlib.sha256).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -188,8 +184,3 @@ def understood(kind: TypeAdapter[Any], value: Any) -> Any:
 def printable(text: str, most: int) -> str:
     """Of what somebody else wrote: no control characters, no lone surrogates, an end."""
     return "".join(letter for letter in text[:most] if letter.isprintable())
-
-
-def retold(news: News | None) -> Tidings:
-    """What of a coordinator's News travels by letter."""
-    return Tidings(news.standing, bool(news.records), news.plan, news.reason) if news else Tidings("ok")

@@ -10,7 +10,7 @@ another one, by which the island knows that it has to write again. What is not a
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,16 +34,15 @@ from diloco_ray.transport.letters import (
     Token,
     plain,
     printable,
-    retold,
     understood,
     write_letter,
     write_refusal,
 )
-from diloco_ray.transport.protocol import Doors
+from diloco_ray.transport.protocol import Doors, Tidings
 from diloco_ray.transport.tokens import KeyRing
 
 MAX_WAIT_S = 60.0  # of a long poll
-SMALL_BYTES = 64 * 1024  # larger letters are read beside the others, so that no heartbeat waits behind a payload
+SMALL_BYTES = 64 * 1024  # larger letters, and all contributions, are read beside: no heartbeat waits behind one
 MAX_HANDLED = 100_000  # names of letters that are not taken a second time
 MAX_IN_HAND = 16  # letters of one island: its process has a handful under way
 MAX_NOTES, MAX_NOTE = 20, 300  # of one island, and characters of one
@@ -59,7 +58,7 @@ class _LongPoll:
 class PostOffice:
     """Of one coordinator life. `turn` is called again and again, by one thread.
 
-    max_payload_bytes: of the largest contribution. beside: reads large letters; None: nothing is done beside.
+    payload_bytes: of the contributions that there may be. beside: reads large letters; None: nothing is done beside.
     note: what people should know.
     """
 
@@ -71,13 +70,14 @@ class PostOffice:
         *,
         run_id: str,
         fence_epoch: int,
-        max_payload_bytes: int,
+        payload_bytes: Sequence[int],
         note: Callable[[str], None],
         beside: Executor | None = None,
     ):
         self._store, self._doors, self._keys, self._run_id = store, doors, keys, run_id
         self._epoch, self._note, self._beside = fence_epoch, note, beside
-        self._max_bytes = MAX_HEADER_BYTES + max_payload_bytes
+        self._max_bytes = MAX_HEADER_BYTES + max(payload_bytes)
+        self._small_bytes = min(SMALL_BYTES, *payload_bytes)
         self._in_hand: set[str] = set()
         self._handled: dict[str, None] = {}
         self._long_polls: dict[str, _LongPoll] = {}
@@ -89,7 +89,8 @@ class PostOffice:
         the word of a coordinator that was overtaken must not cover its successor's.
         """
         check_fence(self._store, self._epoch)
-        self._store.write(NOTICE, canonical_json(asdict(Notice(self._epoch, state, reason, dict(config)))))
+        notice = Notice(self._epoch, state, reason, dict(config), self._keys.mark)
+        self._store.write(NOTICE, canonical_json(asdict(notice)))
 
     def turn(self) -> bool:
         """Whether there was anything to do. StoreError: nothing is lost, the next turn takes it up."""
@@ -100,7 +101,7 @@ class PostOffice:
             for path, size in self._new_letters(island):
                 was_busy = True
                 self._in_hand.add(path)
-                if size <= SMALL_BYTES or self._beside is None:
+                if size <= self._small_bytes or self._beside is None:
                     self._handle(island, path, size)
                 else:
                     self._beside.submit(self._handle, island, path, size)
@@ -183,10 +184,10 @@ class PostOffice:
         was_busy = False
         for path, poll in list(self._long_polls.items()):
             with self._minding(poll.token.island, path):
-                news = self._doors.news(*poll.arguments)
-                if news or time.monotonic() >= poll.until_s:
+                tidings = self._doors.news(*poll.arguments)
+                if tidings or time.monotonic() >= poll.until_s:
                     was_busy = True
-                    self._answer(path, poll.token, {"answer": plain(CALLS["follow"][1], retold(news))})
+                    self._answer(path, poll.token, {"answer": plain(CALLS["follow"][1], tidings or Tidings("ok"))})
                     del self._long_polls[path]
         return was_busy
 

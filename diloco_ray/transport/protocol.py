@@ -58,14 +58,32 @@ class SnapshotState:
         )
 
 
-@dataclass(frozen=True)
-class News:
-    """What follows a log index: records with their payloads, the work in hand, and how the run stands."""
+Standing = Literal["ok", "rejoin", "fenced", "over"]
+Step = tuple[Record, Bytes]  # of the log, with its payload
 
-    standing: Literal["ok", "rejoin", "fenced", "over"]
-    records: tuple[tuple[Record, Bytes], ...] = ()
+
+@dataclass(frozen=True)
+class Tidings:
+    """What a coordinator has to say at once: how the run stands, the work in hand, and whether there are records."""
+
+    standing: Standing
+    records: bool = False
     plan: InnerPlan | None = None
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class News:
+    """What follows a log index: Tidings, with those records themselves, which may have to be read from the store."""
+
+    standing: Standing
+    records: tuple[Step, ...] = ()
+    plan: InnerPlan | None = None
+    reason: str = ""
+
+    @staticmethod
+    def of(tidings: Tidings, records: tuple[Step, ...]) -> "News":
+        return News(tidings.standing, records, tidings.plan, tidings.reason)
 
 
 @dataclass(frozen=True)
@@ -117,8 +135,15 @@ class Doors(Protocol):
     def join(self, hello: Hello) -> Welcome: ...
     def beat(self, beat: Beat) -> Order: ...
     def submit(self, contribution: Contribution, payload: Bytes) -> Verdict: ...
-    def news(self, island: str, incarnation: int, after: int, held: str) -> News | None: ...
+    def news(self, island: str, incarnation: int, after: int, held: str) -> Tidings | None: ...
+    def records_after(self, after: int) -> tuple[Step, ...]: ...
     def snapshot(self, first: bool) -> SnapshotState: ...
     def leave(self, island: str, incarnation: int, reason: str) -> None: ...
     def measured(self) -> set[int]: ...
     def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None: ...
+
+
+def told(doors: Doors, island: str, incarnation: int, after: int, held: str) -> News | None:
+    """The tidings with the records that they speak of, by a coordinator that is asked directly."""
+    tidings = doors.news(island, incarnation, after, held)
+    return News.of(tidings, doors.records_after(after) if tidings.records else ()) if tidings else None

@@ -32,14 +32,13 @@ from diloco_ray.transport.letters import (
     Letter,
     LetterError,
     Notice,
-    Tidings,
     Token,
     plain,
     printable,
     understood,
     write_letter,
 )
-from diloco_ray.transport.protocol import Bytes, News, SnapshotState, Welcome
+from diloco_ray.transport.protocol import Bytes, News, SnapshotState, Step, Tidings, Welcome
 
 T = TypeVar("T")
 QUICKEST_S = 0.02  # between two looks, where the store is a folder
@@ -83,7 +82,7 @@ class RunStoreTransport(CallingTransport):
         records = self._patiently("read the log", lambda: self._records_after(after)) if there else ()
         if is_over and records:
             return News("ok", records)
-        return News(tidings.standing, records, tidings.plan, tidings.reason)
+        return News.of(tidings, records)
 
     def snapshot(self, first: bool = False) -> SnapshotState:
         return self._patiently("read a snapshot", lambda: self._snapshot(first))
@@ -97,11 +96,11 @@ class RunStoreTransport(CallingTransport):
         path = record_path(index)
         return Record.from_bytes(self._store.read(path), self._store.url_of(path))
 
-    def _records_after(self, after: int) -> tuple[tuple[Record, Bytes], ...]:
+    def _records_after(self, after: int) -> tuple[Step, ...]:
         newest = max(numbered(self._store, "log"), default=-1)
         return tuple(self._step(index) for index in range(after + 1, min(newest, after + RECORDS_AT_ONCE) + 1))
 
-    def _step(self, index: int) -> tuple[Record, Bytes]:
+    def _step(self, index: int) -> Step:
         record = self._record(index)
         payload = self._store.read(record.payload)
         check_sha256(payload, record.payload_sha256, self._store.url_of(record.payload))

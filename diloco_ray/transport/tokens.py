@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from diloco_ray.errors import ConfigError
 from diloco_ray.log.run_store import RunStore
-from diloco_ray.transport.letters import ISLAND, NOTICE, LetterError, Token
+from diloco_ray.transport.letters import ISLAND, NOTICE, LetterError, Token, mark_of
 
 TOKENS = "tokens"
 REMEMBERED_S = 10.0  # how long a look at the store is good for
@@ -40,9 +40,16 @@ def create_token(store: RunStore, run_id: str, secret: str, island: str, days: f
 
 
 def revoke_tokens(store: RunStore, island: str) -> int:
-    """All that this island has been given; how many those were. What is written there does not matter any more."""
+    """All that this island has been given; how many those were. What is written there does not matter any more.
+
+    ConfigError where there are none.
+    """
     serials = [name[: -len(".json")].rpartition("-") for name in store.list(TOKENS) if name.endswith(".json")]
     mine = [serial for name, _, serial in serials if name == island]
+    if not mine:
+        names = ", ".join(sorted({name for name, _, _ in serials})) or "nobody"
+        what, remedy = f"{island!r} has no token of this run", f"tokens were given to {names}"
+        raise ConfigError(what, where=store.url, remedy=remedy)
     for serial in mine:
         _write(store, island, serial, 0, revoked=True)
     return len(mine)
@@ -66,6 +73,10 @@ class KeyRing:
         self._wall_clock, self._now_s = wall_clock, clock
         self._good_until_s: dict[tuple[str, str, int], float] = {}
         self._revoked: set[tuple[str, str]] = set()
+
+    @property
+    def mark(self) -> str:
+        return mark_of(self._secret, self._run_id)
 
     def token(self, island: str, serial: str, expires: int) -> Token:
         """LetterError where it does not hold."""

@@ -428,7 +428,9 @@ def test_work_in_hand_that_does_not_follow_what_is_committed_is_void():
         world.start_coordinator("a", "b")
         world.hello("a")
         assert world.at_work == (), changes
-        assert world.notes[-1] == f"a: work on round {world.islands['a'].held[0].round + 1} is void; it gets a new plan"
+        *_, why, now = world.notes
+        assert why == f"a: work on round {world.islands['a'].held[0].round + 1} is void; it gets a new plan"
+        assert now == "1 of at least 2 islands alive; waiting up to 100 s"
 
 
 @pytest.mark.parametrize("closes", ["quorum", "arrival"])

@@ -360,6 +360,18 @@ def test_a_commit_that_is_told_twice_counts_once():
 # ---- waiting ----
 
 
+def test_a_run_that_gathers_says_how_many_are_there_by_now():
+    world = World()
+    world.start_coordinator("a", "b", "c")
+    world.pass_time(25.0)
+    assert world.state.phase == "gathering"
+    assert world.state.reason == "0 of at least 2 islands alive; waiting up to 100 s"
+    world.join("b")
+    assert world.state.reason == "1 of at least 2 islands alive; waiting up to 100 s"
+    world.join("c")
+    assert (world.state.phase, world.state.reason) == ("training", "")
+
+
 def test_a_run_with_too_few_islands_waits_and_goes_on_when_they_are_back():
     world = at_work("a", "b")
     world.lose("b")

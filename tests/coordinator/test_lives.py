@@ -1,5 +1,6 @@
 """Coordinator lives: what a second one finds, what the first one may no longer do, and what a restart must not lose."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,20 @@ def assert_nothing_lost_nothing_twice(store: RunStore, expected: list[str]) -> N
     assert tokens["committed"] == 3 * 2 * 64
     fates = sum(tokens[fate] for fate in ("committed", "rejected", "expired", "rewound", "outstanding"))
     assert tokens["leased"] == fates
+
+
+def test_that_there_are_old_records_is_told_without_a_look_at_the_store(store: RunStore) -> None:
+    """It may be a bucket, and who tells is the loop that hears heartbeats."""
+    first = Life(store, JOB)
+    one_round(first, two_islands(first))
+    second = Life(store, JOB).coordinator
+    shutil.rmtree(Path(store.url) / "payloads")
+    tidings = second.news("", 0, 0, "")
+    assert tidings is not None
+    assert tidings.records
+    assert second.recent_after(0) == ()
+    with pytest.raises(StoreError):
+        second.records_after(0)
 
 
 def test_a_second_coordinator_fences_the_first_which_writes_nothing_more(store: RunStore, tmp_path: Path) -> None:

@@ -70,6 +70,16 @@ def miss_each_other(gang: Gang, arguments: dict[str, Any]) -> Any:
     return gang.decide(lambda: "never", "plan")
 
 
+def lead_for_long(gang: Gang, arguments: dict[str, Any]) -> Any:
+    """Rank 0 is busy for longer than the others would wait for a word of it, then fails."""
+    gang.lead_alone(lambda: time.sleep(arguments["sleep_s"]), "snapshot")
+
+    def fails() -> None:
+        raise DataError("no text is left")
+
+    gang.lead_alone(fails, "hello")
+
+
 def decide_all(gang: Gang, arguments: dict[str, Any]) -> Any:
     """Values of every size, then an error on rank 0, then one on rank 1."""
     values = [gang.decide(lambda n=n: "x" * n, "test") for n in (0, 200, 300, 5000)]

@@ -21,7 +21,7 @@ from diloco_ray.island.exchange import Exchange
 from diloco_ray.island.job import RoundAbandonedError, RunOverError
 from diloco_ray.log.record import Record
 from diloco_ray.log.run_store import RunStore
-from diloco_ray.transport.protocol import Bytes, News, SnapshotState
+from diloco_ray.transport.protocol import Bytes, News, SnapshotState, told
 from tests.island.exchange_room import (
     METRICS,
     PATIENCE_S,
@@ -63,7 +63,7 @@ def begin_of(folder: Path, num_rounds: int = 0) -> Played:
         for island in islands:
             (plan,) = coordinator.state.plans[island.name]
             assert coordinator.submit(*island.contribution(plan)).status == "accepted"
-    news = coordinator.news("", 0, 0, "")
+    news = told(coordinator, "", 0, 0, "")
     return snapshot, list(news.records) if news else []
 
 

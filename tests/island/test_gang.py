@@ -19,7 +19,15 @@ from diloco_ray.log.verify import verify
 from diloco_ray.run import Run, open_run
 from diloco_ray.simulation.in_process import train_in_process
 from tests.island.gang_room import NUM_RANKS, on_ranks, train_all
-from tests.island.gang_work import SHAPES, decide_all, die_and_come_back, encode_on_ranks, made_up, miss_each_other
+from tests.island.gang_work import (
+    SHAPES,
+    decide_all,
+    die_and_come_back,
+    encode_on_ranks,
+    lead_for_long,
+    made_up,
+    miss_each_other,
+)
 
 FLOAT32 = {"uplink": "float32", "downlink": "float32"}
 INT4 = {"uplink": "int4", "downlink": "int4", "fragments": 3}
@@ -162,6 +170,12 @@ def test_a_rank_that_ends_or_hangs_is_named_by_the_one_that_waits(tmp_path: Path
     assert "RankLostError: rank 0 of 2 waited" in answers[0]["error"]
     assert "for rank 1 (plan)" in answers[0]["error"]
     assert "cluster.rank_timeout_s is 5" in answers[0]["error"]
+
+
+def test_rank_0_may_be_busy_for_longer_than_the_others_would_wait_for_a_word_of_it(tmp_path: Path) -> None:
+    answers = on_ranks(lead_for_long, {"sleep_s": 7}, tmp_path / "ranks", timeout_s=5.0)
+    assert answers[0]["error"].startswith("DataError: no text is left")
+    assert "another rank of this island has failed: no text is left" in answers[1]["error"]
 
 
 def test_what_rank_0_decides_and_what_any_rank_meets_reaches_all(tmp_path: Path) -> None:

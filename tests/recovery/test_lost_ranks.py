@@ -77,3 +77,18 @@ def kill_a_rank(train: Train) -> tuple[str, str]:
     (lost,) = [i["name"] for i in after["islands"] if i["incarnation"] == 2]
     (other,) = [i["name"] for i in after["islands"] if i["name"] != lost]
     return lost, other
+
+
+def test_an_island_whose_lead_hangs_is_ended_and_its_ranks_rooms_are_there_for_the_next(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """Ray itself keeps the placement group of an actor that was killed: there is no room for a second one."""
+    recipe |= {"islands": 1, "experiment": {"speeds": [0.3]}}
+    recipe["cluster"] = {"island_resources": {"CPU": 0.375 * (os.cpu_count() or 1)}, "rank_timeout_s": 300}
+    recipe["sync"]["heartbeat_timeout_s"] = 3
+    with training(write_recipe(tmp_path, recipe), run_folder(recipe)) as train:
+        status = train.wait_until(lambda s: any(is_in_the_middle(island, 2) for island in s["islands"]))
+        os.kill(status["islands"][0]["pid"], signal.SIGSTOP)
+        train.wait_until(lambda s: s["islands"][0]["incarnation"] == 2)
+        assert "island-00 lost: silent for" in train.wait_for_end()
+    assert verify(RunStore(str(run_folder(recipe))), replica_of).problems == ()

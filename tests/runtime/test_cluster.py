@@ -1,6 +1,7 @@
 """A wrong address of a cluster is refused before Ray tries it for minutes; what fits into one is counted."""
 
 import socket
+import time
 
 import pytest
 import ray
@@ -19,6 +20,16 @@ def test_an_address_where_nobody_listens_is_named_at_once(address: str, monkeypa
     with pytest.raises(ClusterError, match="no Ray cluster answers") as caught, connected(wrong):
         pass
     assert caught.value.where == wrong
+
+
+@pytest.mark.ray
+def test_a_ray_that_this_process_has_started_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    many = ClusterSettings(island_resources={"CPU": 64})  # type: ignore[call-arg]
+    began_s = time.monotonic()
+    with connected(None, num_cpus=1), pytest.raises(ClusterError, match="this Ray, started here, gets no others"):
+        wait_for_places(many, ["island-00"], 1, print, least=1, where="here", remedy="more")
+    assert time.monotonic() - began_s < many.placement_timeout_s / 2
 
 
 def test_ranks_of_an_island_may_lie_on_several_nodes_with_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:

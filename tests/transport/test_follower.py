@@ -14,7 +14,7 @@ from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import load_snapshot
 from diloco_ray.transport.follower import Follower
 from diloco_ray.transport.in_memory import InMemoryTransport
-from diloco_ray.transport.protocol import Bytes
+from diloco_ray.transport.protocol import Bytes, told
 from tests.small_run import Life, SmallIsland, begun, join_all, new_replica, restored, small_job
 
 JOB = small_job(num_islands=2, num_fragments=2, num_rounds=3, snapshot_every_rounds=3)
@@ -37,7 +37,7 @@ class Room:
                     sent = island.contribution(plans[island.name], fragment=fragment)
                     assert life.submit(*sent).status == "accepted"
         self.coordinator = life.coordinator
-        news = life.coordinator.news("", 0, 0, "")
+        news = told(life.coordinator, "", 0, 0, "")
         assert news is not None
         self.log: Log = list(news.records)
         assert [record.fragment for record, _ in self.log] == [0, 1, 0, 1, 0, 1]

@@ -155,7 +155,9 @@ def test_all_tokens_of_an_island_are_revoked_and_none_of_one_whose_name_begins_s
         ring = room.new_ring()
         said = {name: {room.says(token, ring) for token in tokens[name]} for name in names}
         assert said == {name: {GONE} if number <= gone else {""} for number, name in enumerate(names)}
-    assert revoke_tokens(room.store, "nobody") == 0
+    with pytest.raises(ConfigError, match=r"'nobody' has no token of this run") as caught:
+        revoke_tokens(room.store, "nobody")
+    assert caught.value.remedy == "tokens were given to e, eu, eu-1, eu-1-2, eu-1.json"
 
 
 def test_an_island_whose_tokens_were_revoked_can_be_given_a_new_one(room: Room) -> None:
