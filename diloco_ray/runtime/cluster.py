@@ -21,6 +21,7 @@ from diloco_ray.runtime.island_actor import GANG_CALLS, GangActor, IslandActor
 
 POLL_S = 0.25
 LISTENS_WITHIN_S = 10.0
+WANTS_A_TOKEN = "if it has token authentication on, export RAY_AUTH_MODE=token and its token as RAY_AUTH_TOKEN"
 OWN = "{island}"  # in a label's value: the island's own name
 
 
@@ -35,9 +36,11 @@ def connected(address: str | None, **local: Any) -> Iterator[None]:
         return
     address = address or os.environ.get("RAY_ADDRESS")
     with tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as scratch:
+        remedy = "start one with `ray start --head`, or leave the address out to start a local one"
         try:
             if address and address != "local":
                 _check_that_it_listens(address)
+                remedy = f"{WANTS_A_TOKEN}; else look at its head's log"  # somebody is there
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 # A bare init would follow a stale cluster file; the path is short because sockets' paths must be.
@@ -53,7 +56,7 @@ def connected(address: str | None, **local: Any) -> Iterator[None]:
             raise ClusterError(
                 f"no Ray cluster answers: {error}",
                 where=address or "local",
-                remedy="start one with `ray start --head`, or leave the address out to start a local one",
+                remedy=remedy,
             ) from error
         try:
             yield

@@ -17,6 +17,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diloco_ray.data.shards import TokenShards
+from diloco_ray.errors import ClusterError
 from diloco_ray.island.evaluator import validation_batches
 from diloco_ray.model.export import validation_loss
 from diloco_ray.run import read_run
@@ -131,7 +132,11 @@ def head_node(folder: Path) -> Iterator[dict[str, str]]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        yield {
+            **environment,
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "RAY_ADDRESS": f"127.0.0.1:{port}",
+        }
     finally:
         head.terminate()
         head.wait(timeout=60)
@@ -151,6 +156,7 @@ def test_a_ray_job_trains_and_logs_one_line_per_round_and_its_token_is_nowhere(
     tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     recipe = write_recipe(tmp_path, {**tiny, "rounds": 3})
+    train = [*CLI, "train", str(recipe), "--name", "elsewhere"]
     ray, until_s = str(Path(sys.executable).with_name("ray")), time.monotonic() + DEADLINE_S
     # The path is short, because sockets' paths must be.
     with tempfile.TemporaryDirectory(prefix="dr-", dir="/tmp") as name, head_node(rays := Path(name)) as environment:
@@ -160,9 +166,24 @@ def test_a_ray_job_trains_and_logs_one_line_per_round_and_its_token_is_nowhere(
             output = done.stdout + done.stderr
             if "submitted successfully" in output or time.monotonic() > until_s:
                 break
+        refused = [run_as_stranger(words, environment, tmp_path) for words in (command, train)]
         assert any(rays.rglob("*.log"))
         assert places_of(environment["RAY_AUTH_TOKEN"], rays, tmp_path) == []
     assert done.returncode == 0, output[-3000:]
     assert environment["RAY_AUTH_TOKEN"] not in output
     assert "succeeded" in output
     assert len([line for line in output.splitlines() if line.startswith("round ")]) == 3
+    for code, text in refused:
+        assert code != 0
+        assert "RAY_AUTH_MODE" in text
+        assert "RAY_AUTH_TOKEN" in text
+    assert refused[1][0] == ClusterError.exit_code
+
+
+def run_as_stranger(words: list[str], environment: dict[str, str], home: Path) -> tuple[int, str]:
+    """The command of somebody who has the cluster's address and not its token: exit code and output."""
+    known = {name: value for name, value in environment.items() if not name.startswith("RAY_AUTH")}
+    done = subprocess.run(
+        words, cwd=ROOT, env={**known, "HOME": str(home)}, capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    return done.returncode, done.stdout + done.stderr
