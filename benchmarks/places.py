@@ -92,7 +92,9 @@ def wait_for(condition: Callable[[], bool], what: str, process: Process, patienc
     """While the process runs."""
     until_s = time.monotonic() + patience_s
     while not condition():
-        if process.poll() is not None or time.monotonic() > until_s:
+        if process.poll() is not None:
+            raise SystemExit(f"the command ended with {process.poll()} before {what}")
+        if time.monotonic() > until_s:
             raise SystemExit(f"{what} did not come in {patience_s:g} s")
         time.sleep(0.5)
 

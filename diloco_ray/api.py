@@ -201,7 +201,7 @@ def create_token(path: str, island: str, days: float | None = None) -> str:
     run = read_run(path)
     remedy = f"export the {SECRET} that this run's coordinator was started with"
     secret, notice = secret_of_environment(remedy), read_notice(run.store)
-    if notice is not None and notice.secret_mark != mark_of(secret, run.run_id):
+    if notice is not None and notice.secret_mark not in ("", mark_of(secret, run.run_id)):
         what = f"this {SECRET} is not the one that the run's coordinator has: it would refuse the token"
         raise ConfigError(what, where="the environment", remedy=f"{remedy}, or start it again with this one first")
     return tokens.create_token(run.store, run.run_id, secret, island, days).text

@@ -3,7 +3,7 @@
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes sh
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TEXT = "the a one outer inner step island moves far from its base and comes back with news of what it saw"
+
+
+Show = Callable[[str], None]
+
+
+@pytest.fixture
+def show(record_property: Callable[[str, object], None]) -> Show:
+    """Has a line printed below the tests' result."""
+    return lambda line: record_property("shown", line)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for report in terminalreporter.getreports("passed"):
+        for name, line in report.user_properties:
+            if name == "shown":
+                terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def office_of(store: RunStore, coordinator: Coordinator, job: CoordinatorJob, no
         keys,
         run_id=job.rules.run_id,
         fence_epoch=coordinator.fence_epoch,
-        payload_bytes=job.rules.payload_bytes,
+        max_payload_bytes=max(job.rules.payload_bytes),
         note=notes.append,
     )
     office.put_up_notice({})

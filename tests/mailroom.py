@@ -86,7 +86,7 @@ class Mailroom:
             KeyRing(store, RUN_ID, SECRET, lambda: self.wall_s, self.time.monotonic),
             run_id=RUN_ID,
             fence_epoch=self.coordinator.fence_epoch,
-            payload_bytes=self.job.rules.payload_bytes,
+            max_payload_bytes=max(self.job.rules.payload_bytes),
             note=self.notes.append,
             **options,
         )

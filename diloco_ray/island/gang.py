@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diloco_ray.errors import ClusterError, DiLoCoError
+from diloco_ray.errors import ClusterError, DeadlineError, DiLoCoError
 from diloco_ray.island.job import PreemptedError, RoundAbandonedError, RunOverError
 
+LOOK_S = 2.0  # at most between two looks at rank 0's own work
 INLINE_BYTES = 248  # of a note that need not be announced: nearly all
 _SIGNALS: dict[str, type[Exception]] = {
     "abandoned": RoundAbandonedError,
@@ -106,12 +107,30 @@ class Gang:
             raise self._raised_elsewhere(answer["trouble"])
         return answer["value"]
 
-    def lead_alone(self, act: Callable[[], object], what: str) -> None:
-        """Rank 0 acts for as long as that takes; the others hear again and again that it still does."""
+    def lead_alone(
+        self,
+        act: Callable[[], object],
+        what: str,
+        within_s: float,
+        trouble: Callable[[], Exception | None] = lambda: None,
+    ) -> None:
+        """Rank 0 acts for longer than a rank is waited for; the others hear again and again that it still does.
+
+        trouble: of this rank, meanwhile; as in `decide`. DeadlineError on rank 0 where it takes too long.
+        """
         done: Future[object] = Future()
+        until_s = time.monotonic() + within_s
         if self.leads:
             threading.Thread(target=_run, args=(act, done), name=what, daemon=True).start()
-        while not self.decide(lambda: _is_done(done, self.timeout_s / 4), what):
+
+        def is_done() -> bool:
+            if wait([done], min(self.timeout_s / 4, LOOK_S)).done:
+                done.result()
+            elif time.monotonic() > until_s:
+                raise DeadlineError(f"no {what} for {within_s:g} s", where=self.island)
+            return done.done()
+
+        while not self.decide(is_done, what, trouble()):
             pass
 
     def all_equal(self, value: Any, what: str) -> bool:
@@ -178,14 +197,6 @@ def _run(act: Callable[[], object], done: "Future[object]") -> None:
         done.set_result(act())
     except BaseException as error:
         done.set_exception(error)
-
-
-def _is_done(done: "Future[object]", within_s: float) -> bool:
-    """Raises what it ended with."""
-    is_done = bool(wait([done], within_s).done)
-    if is_done:
-        done.result()
-    return is_done
 
 
 def _as_note(error: Exception) -> dict[str, str]:

@@ -146,10 +146,10 @@ class GangExchange:
     # ---- its life ----
 
     def say_hello(self) -> None:
-        self.gang.lead_alone(lambda: self.lead and self.lead.say_hello(), "hello")
+        self._lead_alone(lambda lead: lead.say_hello(), "hello")
 
     def start(self) -> None:
-        self.gang.lead_alone(lambda: self.lead and self.lead.start(), "snapshot")
+        self._lead_alone(lambda lead: lead.start(), "snapshot")
         self.part.load(self.lead.take_snapshot() if self.lead else None)
 
     def poll(self) -> None:
@@ -246,6 +246,11 @@ class GangExchange:
             record, payload = steps[number] if self.lead else (None, None)
             digest = self.part.step(p, None if payload is None else torch.from_numpy(payload.copy()))
             self._decide(lambda lead, record=record, digest=digest: _check(record, digest), "digest")
+
+    def _lead_alone(self, act: Callable[[Lead], None], what: str) -> None:
+        """The transport has deadlines of its own; this one is for what has none, such as a file system that is gone."""
+        lead, within_s = self.lead, 3 * self.job.sync.coordinator_timeout_s
+        self.gang.lead_alone(lambda: act(lead) if lead else None, what, within_s, lambda: self._trouble)
 
     def _decide(self, make: Callable[[Lead], Any], what: str) -> Any:
         lead = self.lead

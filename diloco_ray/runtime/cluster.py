@@ -171,6 +171,10 @@ class Place:
         else:
             self.actor = IslandActor.options(**actor_options(settings.island_resources, selector)).remote()
 
+    def has_room(self, life: Any, within_s: float) -> bool:
+        """Waits until its ranks are where they belong, or the call that is its life has ended."""
+        return self._rooms is None or bool(ray.wait([self._rooms, life], timeout=within_s)[0])
+
     def clear(self) -> None:
         """Ends what is there, ranks included, whose rooms Ray keeps for an actor that was killed."""
         ray.kill(self.actor, no_restart=True)

@@ -43,6 +43,9 @@ class CoordinatorActor:
         self._store, self._job, self._mail = RunStore(run_url), job, mail
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tensors")
         self._files = ThreadPoolExecutor(1, thread_name_prefix="files")
+        self._reads = ThreadPoolExecutor(
+            1, thread_name_prefix="reads"
+        )  # the clock waits for what is written, not for these
         holder = f"pid {os.getpid()} on {ray.util.get_node_ip_address()}"
         self._coordinator = Coordinator(self._store, job, later=self._run_later, holder=holder, pid=os.getpid())
         self._changed = asyncio.Event()
@@ -82,13 +85,13 @@ class CoordinatorActor:
         if recent:
             return recent
         loop = asyncio.get_running_loop()
-        return (await loop.run_in_executor(self._files, self._coordinator.old_record, after + 1),)
+        return (await loop.run_in_executor(self._reads, self._coordinator.old_record, after + 1),)
 
     async def measured(self) -> set[int]:
         return self._coordinator.measured()
 
     async def snapshot(self, first: bool) -> SnapshotState:
-        return await asyncio.get_running_loop().run_in_executor(self._files, self._coordinator.snapshot, first)
+        return await asyncio.get_running_loop().run_in_executor(self._reads, self._coordinator.snapshot, first)
 
     async def leave(self, island: str, incarnation: int, reason: str) -> None:
         self._heard(self._coordinator.leave(island, incarnation, reason))

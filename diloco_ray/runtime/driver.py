@@ -33,6 +33,7 @@ from diloco_ray.runtime.office import Mail
 from diloco_ray.transport.ray_object_store import RayTransport
 
 GONE_S = 15.0  # an actor that Ray calls dead for so long, it will not start again
+FINISH_S = 60.0  # at least, for events, status and the last letters
 EVALUATION_TIMEOUT_S = 600.0  # for what is left to measure when training is over
 HOPELESS = (ConfigError, CorruptionError, DataError, RunMismatchError, StoreError)
 
@@ -244,7 +245,14 @@ class _Driver:
                 raise DeadlineError(f"the evaluator did not finish in {EVALUATION_TIMEOUT_S:g} s", where="evaluator")
             self._show(*self._ask())
         self._show(*self._ask())
-        return ray.get(self._coordinator.finish.remote(), timeout=self._silence_s)
+        try:
+            return ray.get(self._coordinator.finish.remote(), timeout=max(FINISH_S, self._silence_s))
+        except (exceptions.RayActorError, exceptions.GetTimeoutError) as error:
+            raise ClusterError(
+                f"the run is over, but not all that people see of it is written: {reason_of(error)}",
+                where=self._run.store.url,
+                remedy="give the same command again: it trains nothing, and writes what is missing",
+            ) from error
 
 
 def reason_of(error: BaseException) -> str:

@@ -8,7 +8,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 import ray
@@ -72,8 +72,9 @@ class GangActor:
         return self._rooms.result()
 
     def moved_in(self, rooms: Any) -> None:
-        """A rank's word, where it is."""
-        self._rooms.set_result(rooms)
+        """A rank's word, where it is; the others say the same."""
+        with contextlib.suppress(InvalidStateError):
+            self._rooms.set_result(rooms)
 
     def send_home(self) -> None:
         """The ranks learn of it as of a notice that their node is draining."""

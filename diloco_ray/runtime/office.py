@@ -16,7 +16,7 @@ from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.errors import FencedError, StoreError
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.post_office import PostOffice
-from diloco_ray.transport.protocol import Beat, Bytes, Hello, Order, SnapshotState, Step, Tidings, Welcome
+from diloco_ray.transport.protocol import Beat, Bytes, Hello, Order, SnapshotState, Tidings, Welcome
 from diloco_ray.transport.tokens import KeyRing
 
 DOOR_TIMEOUT_S = 90.0  # over the coordinator's own time-outs
@@ -45,7 +45,7 @@ class OfficeThread:
             KeyRing(store, job.rules.run_id, mail.secret),
             run_id=job.rules.run_id,
             fence_epoch=coordinator.fence_epoch,
-            payload_bytes=job.rules.payload_bytes,
+            max_payload_bytes=max(job.rules.payload_bytes),
             note=coordinator.report.note,
             beside=ThreadPoolExecutor(LARGE_LETTERS_AT_ONCE, thread_name_prefix="letters"),
         )
@@ -65,17 +65,24 @@ class OfficeThread:
         pause_s, told, is_waiting, renew_s = self._mail.poll_s / 10, "", False, 0.0
         while not (self._coordinator.is_fenced or self._closing.wait(pause_s)):
             state, was_busy = self._coordinator.state, False
+            troubles: list[str] = []
             try:
                 if time.monotonic() > renew_s or (state.phase != told and ended(state)):
                     self._office.put_up_notice(self._mail.config, state.phase, state.reason)
                     told, renew_s = state.phase, time.monotonic() + RENEWED_EVERY_S
-                was_busy, is_waiting = self._office.turn(), False
             except FencedError:
                 return
             except StoreError as error:
-                if not is_waiting:
-                    self._coordinator.report.note(f"the mail waits: {error.what}")
-                is_waiting = True
+                troubles.append(error.what)
+            try:
+                was_busy = self._office.turn()
+            except StoreError as error:
+                troubles.append(error.what)
+            except Exception as error:  # nobody would be heard any more if this thread ended
+                troubles.append(f"{type(error).__name__}: {error}")
+            if troubles and not is_waiting:
+                self._coordinator.report.note(f"the mail waits: {troubles[0]}")
+            is_waiting = bool(troubles)
             pause_s = self._mail.poll_s / 10 if was_busy else min(self._mail.poll_s, 1.5 * pause_s)
 
 
@@ -96,9 +103,6 @@ class _DoorsOfALoop:
 
     def news(self, island: str, incarnation: int, after: int, held: str) -> Tidings | None:
         return self._knock(self._coordinator.news, island, incarnation, after, held)
-
-    def records_after(self, after: int) -> tuple[Step, ...]:
-        return self._coordinator.records_after(after)
 
     def snapshot(self, first: bool) -> SnapshotState:
         return self._knock(self._actor.snapshot, first)

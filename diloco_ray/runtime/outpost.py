@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -86,24 +86,38 @@ class _Outpost:
     def __init__(self, run: Run, token: Token):
         self._run, self._token, self._ranks = run, token, run.config.inner.ranks
         self._place: Place | None = None
-        self._node, self._pid = "", 0
+        self._node, self._pid, self._process = "", 0, uuid.uuid4().hex
         self._life: Any = None
+        self._over_since_s: float | None = None
 
     def begin(self, tell: Callable[[str], None]) -> None:
         """ClusterError where the cluster is too small for it, RayError where what it has is taken."""
         run, island, cluster = self._run, self._token.island, self._run.config.cluster
         remedy = "give this cluster more, or this island less: `--resource`"
         wait_for_places(cluster, [island], self._ranks, tell, least=1, where="this cluster", remedy=remedy)
-        self._place, process = Place(cluster, island, self._ranks), uuid.uuid4().hex
-        actor, line = self._place.actor, partial(connect, run, self._token, process)
+        self._place = Place(cluster, island, self._ranks)
+        actor, line = self._place.actor, partial(connect, run, self._token, self._process)
         self._node, self._pid = ray.get(actor.place.remote(), timeout=cluster.placement_timeout_s)
-        self._life = actor.live.remote(run.island_job(), island, process, line, run.config.sync)
+        self._life = actor.live.remote(run.island_job(), island, self._process, line, run.config.sync)
+        if not self._place.has_room(self._life, cluster.placement_timeout_s):
+            raise exceptions.GetTimeoutError(f"no room for its ranks in {cluster.placement_timeout_s:g} s")
 
-    def wait(self, tell: Callable[[], None]) -> str:
-        """Why it ended; raises what ended it."""
+    def wait(self, look: Callable[[], Mapping[str, Any] | None]) -> str:
+        """Why it ended; raises what ended it. look: how the run stands, now and then."""
         while not ray.wait([self._life], timeout=1.0)[0]:
-            tell()
+            status = look()
+            if status and self._place and self._hangs(status):
+                self._place.clear()  # its call ends with an error
         return ray.get(self._life, timeout=POLL_S)
+
+    def _hangs(self, status: Mapping[str, Any]) -> bool:
+        """Whether the coordinator has given this process up for long, or the run has been over for as long."""
+        now_s, patience_s = time.monotonic(), 2 * self._run.config.sync.heartbeat_timeout_s
+        if status["state"] == "succeeded":
+            self._over_since_s = self._over_since_s or now_s
+            return now_s - self._over_since_s > patience_s
+        mine = [island for island in status["islands"] if island["process"] == self._process]
+        return any(island["state"] == "lost" and island["last_seen_s"] > patience_s for island in mine)
 
     def send_home(self) -> None:
         """As a machine's notice would: what is done is sent, work in hand is given back. One process only on this very
@@ -133,9 +147,10 @@ class _Teller:
         self._due_s = time.monotonic()
         self._last = ""
 
-    def __call__(self) -> None:
+    def __call__(self) -> Mapping[str, Any] | None:
+        """The status, when it was looked at again."""
         if time.monotonic() < self._due_s:
-            return
+            return None
         self._due_s = time.monotonic() + TOLD_EVERY_S
         with contextlib.suppress(DiLoCoError):
             status = read_status(self._run.store)
@@ -145,3 +160,5 @@ class _Teller:
             if line != self._last:
                 self._tell(line)
             self._last = line
+            return status
+        return None

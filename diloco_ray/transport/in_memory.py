@@ -6,13 +6,13 @@ import numpy as np
 
 from diloco_ray.coordination.messages import Contribution, Verdict
 from diloco_ray.errors import DeadlineError
-from diloco_ray.transport.protocol import Beat, Bytes, Doors, Hello, News, Order, SnapshotState, Welcome, told
+from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, OpenDoors, Order, SnapshotState, Welcome, told
 
 
 class InMemoryTransport:
     """A Transport over a coordinator object."""
 
-    def __init__(self, doors: Doors):
+    def __init__(self, doors: OpenDoors):
         self._doors = doors
 
     def join(self, hello: Hello) -> Welcome:

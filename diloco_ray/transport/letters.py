@@ -52,7 +52,7 @@ class Notice:
     state: str
     reason: str
     config: dict[str, Any]
-    secret_mark: str
+    secret_mark: str = ""
 
 
 CALLS: Mapping[str, tuple[TypeAdapter[Any], TypeAdapter[Any]]] = {  # arguments, answer

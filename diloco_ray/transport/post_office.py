@@ -10,7 +10,7 @@ another one, by which the island knows that it has to write again. What is not a
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,7 +42,7 @@ from diloco_ray.transport.protocol import Doors, Tidings
 from diloco_ray.transport.tokens import KeyRing
 
 MAX_WAIT_S = 60.0  # of a long poll
-SMALL_BYTES = 64 * 1024  # larger letters, and all contributions, are read beside: no heartbeat waits behind one
+SMALL_BYTES = 64 * 1024  # larger letters are read beside the others, so that no heartbeat waits behind a payload
 MAX_HANDLED = 100_000  # names of letters that are not taken a second time
 MAX_IN_HAND = 16  # letters of one island: its process has a handful under way
 MAX_NOTES, MAX_NOTE = 20, 300  # of one island, and characters of one
@@ -55,10 +55,20 @@ class _LongPoll:
     until_s: float
 
 
+@dataclass(frozen=True)
+class _Knock:
+    """A letter that is believed, and what it asks of the coordinator's doors."""
+
+    path: str
+    token: Token
+    call: str
+    arguments: tuple[Any, ...]
+
+
 class PostOffice:
     """Of one coordinator life. `turn` is called again and again, by one thread.
 
-    payload_bytes: of the contributions that there may be. beside: reads large letters; None: nothing is done beside.
+    max_payload_bytes: of the largest contribution. beside: reads large letters; None: nothing is done beside.
     note: what people should know.
     """
 
@@ -70,14 +80,13 @@ class PostOffice:
         *,
         run_id: str,
         fence_epoch: int,
-        payload_bytes: Sequence[int],
+        max_payload_bytes: int,
         note: Callable[[str], None],
         beside: Executor | None = None,
     ):
         self._store, self._doors, self._keys, self._run_id = store, doors, keys, run_id
         self._epoch, self._note, self._beside = fence_epoch, note, beside
-        self._max_bytes = MAX_HEADER_BYTES + max(payload_bytes)
-        self._small_bytes = min(SMALL_BYTES, *payload_bytes)
+        self._max_bytes = MAX_HEADER_BYTES + max_payload_bytes
         self._in_hand: set[str] = set()
         self._handled: dict[str, None] = {}
         self._long_polls: dict[str, _LongPoll] = {}
@@ -101,7 +110,7 @@ class PostOffice:
             for path, size in self._new_letters(island):
                 was_busy = True
                 self._in_hand.add(path)
-                if size <= self._small_bytes or self._beside is None:
+                if size <= SMALL_BYTES or self._beside is None:
                     self._handle(island, path, size)
                 else:
                     self._beside.submit(self._handle, island, path, size)
@@ -120,7 +129,21 @@ class PostOffice:
 
     def _handle(self, island: str, path: str, size: int) -> None:
         with self._minding(island, path):
-            self._open(island, path, size)
+            knock = self._open(path, size, island)
+            if knock and knock.call == "submit" and size <= SMALL_BYTES and self._beside:
+                self._beside.submit(self._knock, knock)  # its answer may take as long as an outer step
+            elif knock:
+                self._ask(knock)
+
+    def _knock(self, knock: "_Knock") -> None:
+        with self._minding(knock.token.island, knock.path):
+            self._ask(knock)
+
+    def _ask(self, knock: "_Knock") -> None:
+        answer = getattr(self._doors, knock.call)(*knock.arguments)
+        self._answer(knock.path, knock.token, {"answer": plain(CALLS[knock.call][1], answer)})
+        if knock.call == "join" and not answer.problem:
+            self._sweep(knock.token.island, knock.path)
 
     @contextlib.contextmanager
     def _minding(self, island: str, path: str) -> Generator[None]:
@@ -137,15 +160,16 @@ class PostOffice:
             trouble, is_left = f"mail of {island}: the coordinator is busy", True
         except Exception as error:
             trouble, is_left = f"a letter of {island} has no answer: {type(error).__name__}: {error}", False
-        self._long_polls.pop(path, None)
+        self._hang_up(path)
         if is_left:  # it lies there still; else it stays in hand, and this coordinator does not try it again
             self._in_hand.discard(path)
         self._say(island, trouble)
 
-    def _open(self, island: str, path: str, size: int) -> None:
+    def _open(self, path: str, size: int, island: str) -> "_Knock | None":
+        """What is to be asked at the doors now; LetterError where the letter is not believed."""
         if path in self._handled:
             self._put_away(path)
-            return
+            return None
         if size > self._max_bytes:
             raise LetterError(f"size: {size:,} bytes, the largest letter of this run has {self._max_bytes:,}")
         data = self._store.read(path, size) if size else b""  # not what it has grown to meanwhile
@@ -161,9 +185,8 @@ class PostOffice:
         if epoch != self._epoch:
             if epoch < self._epoch:
                 self._answer(path, token, {"not_for": self._epoch})
-            return  # of a coordinator that has taken over from this one: it answers itself
-        takes, gives = CALLS[call]
-        arguments = understood(takes, body.get("arguments"))
+            return None  # of a coordinator that has taken over from this one: it answers itself
+        arguments = understood(CALLS[call][0], body.get("arguments"))
         speaker = getattr(arguments[0], "island", arguments[0]) if arguments else island
         is_observer = call == "follow" and speaker == ""
         if isinstance(speaker, str) and speaker != island and not is_observer:
@@ -171,25 +194,29 @@ class PostOffice:
         if call == "follow":
             name, incarnation, after, wait_s, held = arguments
             until_s = time.monotonic() + min(max(0.0, wait_s), MAX_WAIT_S)
-            self._long_polls[path] = _LongPoll(token, (name, incarnation, after, held), until_s)
-            return
+            with self._remembering:
+                self._long_polls[path] = _LongPoll(token, (name, incarnation, after, held), until_s)
+            return None
         if call == "submit":
             arguments = (*arguments, np.frombuffer(letter.payload, np.uint8))
-        answer = getattr(self._doors, call)(*arguments)
-        self._answer(path, token, {"answer": plain(gives, answer)})
-        if call == "join" and not answer.problem:
-            self._sweep(island, path)
+        return _Knock(path, token, call, arguments)
 
     def _answer_long_polls(self) -> bool:
         was_busy = False
-        for path, poll in list(self._long_polls.items()):
+        with self._remembering:
+            polls = list(self._long_polls.items())
+        for path, poll in polls:
             with self._minding(poll.token.island, path):
                 tidings = self._doors.news(*poll.arguments)
                 if tidings or time.monotonic() >= poll.until_s:
                     was_busy = True
                     self._answer(path, poll.token, {"answer": plain(CALLS["follow"][1], tidings or Tidings("ok"))})
-                    del self._long_polls[path]
+                    self._hang_up(path)
         return was_busy
+
+    def _hang_up(self, path: str) -> None:
+        with self._remembering:
+            self._long_polls.pop(path, None)
 
     def _answer(self, path: str, token: Token, body: Mapping[str, Any]) -> None:
         answer = f"{path.removesuffix('.request')}.answer"

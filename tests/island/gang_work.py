@@ -72,12 +72,23 @@ def miss_each_other(gang: Gang, arguments: dict[str, Any]) -> Any:
 
 def lead_for_long(gang: Gang, arguments: dict[str, Any]) -> Any:
     """Rank 0 is busy for longer than the others would wait for a word of it, then fails."""
-    gang.lead_alone(lambda: time.sleep(arguments["sleep_s"]), "snapshot")
+    gang.lead_alone(lambda: time.sleep(arguments["sleep_s"]), "snapshot", 60.0)
 
     def fails() -> None:
         raise DataError("no text is left")
 
-    gang.lead_alone(fails, "hello")
+    errors: list[str] = []
+    told = (lambda: None, lambda: PreemptedError() if gang.rank else None)
+    for act, within_s, trouble in (
+        (fails, 60.0, told[0]),
+        (lambda: time.sleep(60), 60.0, told[1]),
+        (lambda: time.sleep(60), 1.0, told[0]),
+    ):
+        try:
+            gang.lead_alone(act, "hello", within_s, trouble)
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    return errors
 
 
 def decide_all(gang: Gang, arguments: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from diloco_ray.observe.events import of_kind, read_events
+from tests.conftest import Show
 from tests.recovery.situation import KEEPS_RESIDUALS, SHORT, Files, Situation, assert_whole, digests, records_of
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -38,7 +39,7 @@ def distinct(contents: list[Files]) -> list[tuple[Files, int]]:
 
 @pytest.mark.parametrize("situation", ["local", "memory", "s3"], indirect=True)
 def test_a_run_killed_at_any_io_call_ends_with_the_bits_of_one_that_was_not(
-    situation: Situation, request: pytest.FixtureRequest
+    situation: Situation, request: pytest.FixtureRequest, show: Show
 ) -> None:
     """With error feedback: the beginning, the fence, commits, residuals, checkpoints, snapshots, pruning."""
     recipe = SHORT if "s3" in situation.url else KEEPS_RESIDUALS
@@ -51,13 +52,13 @@ def test_a_run_killed_at_any_io_call_ends_with_the_bits_of_one_that_was_not(
         assert_whole(run, records, left)
         assert digests(records) == expected
         num_recovered += num_moments
-    print(f"\n{request.node.callspec.id}: {len(contents)} enumerated, {num_recovered} recovered")
+    show(f"crash points, {request.node.callspec.id}: {len(contents)} enumerated, {num_recovered} recovered")
     assert len(contents) == num_recovered
     assert len(contents) > 150
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_run_of_any_recipe_killed_at_any_io_call_is_whole(situation: Situation, name: str) -> None:
+def test_a_run_of_any_recipe_killed_at_any_io_call_is_whole(situation: Situation, name: str, show: Show) -> None:
     """Where training goes on while fragments travel, what an island had not yet sent is gone with it, and only then."""
     recipe = OTHERS[name]
     whole = records_of(situation.taken_up(recipe))
@@ -80,6 +81,6 @@ def test_a_run_of_any_recipe_killed_at_any_io_call_is_whole(situation: Situation
         if sync.closes == "all" and sync.overlap == 0 and not between_fragments:
             assert digests(records) == digests(whole)
         num_recovered += num_moments
-    print(f"\n{name}: {len(contents)} enumerated, {num_recovered} recovered")
+    show(f"crash points, {name}: {len(contents)} enumerated, {num_recovered} recovered")
     assert len(contents) == num_recovered
     assert len(contents) > 150

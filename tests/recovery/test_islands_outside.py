@@ -148,6 +148,29 @@ def test_an_island_whose_token_is_revoked_is_told_so_and_ends(body: dict[str, An
         assert SECRET not in output
 
 
+def test_an_island_that_hangs_is_replaced_by_its_own_command(body: dict[str, Any], tmp_path: Path, pace: Pace) -> None:
+    body |= {"islands": 1}
+    body["sync"]["heartbeat_timeout_s"] = 5
+    pace.slow_down(0.03)
+    with bucket(body, tmp_path) as run:
+        coordinator, island = run.coordinator("--islands", "external"), run.island("eu-1")
+        run.wait_for_outer_steps(1)
+        os.kill(pid_of(coordinator, incarnation=1), signal.SIGSTOP)
+        wait_for(lambda: "it is started again" in island.output(), "it is replaced", island)
+        pace.let_go()
+        coordinator.wait_for_end()
+        island.wait_for_end()
+        assert any("eu-1 lost: silent for" in text for text in run.decisions())
+        assert verify(run.store, replica_of).problems == ()
+
+
+def pid_of(coordinator: Command, incarnation: int) -> int:
+    """Of eu-1's process, which is waited for."""
+    joined = re.compile(rf"eu-1 joined \(incarnation {incarnation}, pid (\d+) on")
+    wait_for(lambda: bool(joined.search(coordinator.output())), f"incarnation {incarnation}", coordinator)
+    return int(joined.findall(coordinator.output())[0])
+
+
 def test_an_island_of_two_ranks_gives_its_work_back_when_it_is_interrupted_and_comes_back_when_it_loses_a_rank(
     body: dict[str, Any], tmp_path: Path, pace: Pace
 ) -> None:
@@ -161,9 +184,7 @@ def test_an_island_of_two_ranks_gives_its_work_back_when_it_is_interrupted_and_c
         first.interrupt()
         assert "interrupted" in first.wait_for_end(130)
         again = run.island("eu-1")
-        joined = re.compile(r"eu-1 joined \(incarnation 2, pid (\d+) on")
-        wait_for(lambda: bool(joined.search(coordinator.output())), "it has joined again", again)
-        leads = int(joined.findall(coordinator.output())[0])
+        leads = pid_of(coordinator, incarnation=2)
         wait_for(lambda: len(ranks_beside(leads)) == 1, "both ranks are there", again)
         os.kill(ranks_beside(leads)[0], signal.SIGKILL)
         wait_for(lambda: "rank 1 died" in again.output(), "the loss is told", again)

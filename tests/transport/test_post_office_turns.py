@@ -253,16 +253,44 @@ def test_a_heartbeat_does_not_wait_behind_a_large_payload(room: Mailroom, monkey
             is_reading.set()
             assert may_read.wait(60)
 
-    with ThreadPoolExecutor(2) as beside:
+    with ThreadPoolExecutor(1) as beside:
         office = room.begin_office(beside=beside)
         room.tap = tap
         office.turn()
         assert is_reading.wait(60)
-        while not is_answered(room, small):  # by another thread
-            threading.Event().wait(0.01)
+        office.turn()
+        assert is_answered(room, small)
         assert not is_answered(room, large)
         may_read.set()
     assert answer_to(room.store, large)["answer"]["status"] == "accepted"
+
+
+def test_a_heartbeat_does_not_wait_behind_a_small_contribution_that_is_not_judged_yet(room: Mailroom) -> None:
+    """As while an outer step is computed. Its size alone does not say that it is one: its payload may be short."""
+    worker, other = room.worker(0), room.worker(1)
+    worker.hello()
+    other.hello()
+    (plan,) = room.coordinator.state.open_plans("island-00")
+    sent, short = letter_path("island-00", 1), worker.island.contribution(plan)[1][:3]
+    room.store.create(
+        sent, letter_of(worker.token, sent, 1, "submit", worker.island.contribution(plan)[0], payload=short)
+    )
+    beat, data = beat_at(room, worker.token, 2)
+    room.store.create(beat, data)
+    may_judge = threading.Event()
+
+    class Busy(Heard):
+        def submit(self, *arguments: Any) -> Any:
+            assert may_judge.wait(60)
+            return room.coordinator.submit(*arguments)
+
+    with ThreadPoolExecutor(1) as beside:
+        office = room.begin_office(Busy(room), beside=beside)  # type: ignore[arg-type]
+        office.turn()
+        assert is_answered(room, beat)
+        assert not is_answered(room, sent)
+        may_judge.set()
+    assert answer_to(room.store, sent)["answer"]["status"] == "rejected"
 
 
 class Inline(Executor):
