@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, assert_never
+from typing import assert_never
 
 from diloco_ray.algorithm.codecs import get_codec
 from diloco_ray.algorithm.outer_gradient import pairwise_cosines
@@ -43,7 +43,7 @@ from diloco_ray.coordination.reducer import reduce
 from diloco_ray.coordination.state import RunState, ended, plan_for
 from diloco_ray.coordinator.feed import Feed
 from diloco_ray.coordinator.job import CoordinatorJob
-from diloco_ray.coordinator.payloads import Payload
+from diloco_ray.coordinator.payloads import Name, Payload, Payloads, name_of
 from diloco_ray.coordinator.report import Report
 from diloco_ray.coordinator.residuals import Residuals
 from diloco_ray.errors import DiLoCoError, FencedError, StoreError
@@ -56,6 +56,7 @@ from diloco_ray.observe.events import of_kind
 from diloco_ray.transport.protocol import Beat, Bytes, Hello, Order, SnapshotState, Step, Tidings, Welcome
 
 Job = Callable[[], Event | None]
+LOOK_EVERY_S = 1.0  # at the log's end, on the word of anybody
 MAX_VERDICTS = 1000  # answers kept for those who have not yet asked; one that is lost is given again
 
 
@@ -82,14 +83,14 @@ class Coordinator:
             self.fence_epoch = take_fence(store, job.rules.run_id, holder, self._log.tail.fence_epoch)
         self._replica = self._new_replica()
         restore(store, self._log, self._replica)
-        self._payloads: dict[tuple[Any, str], Payload] = {}
-        self._copied: dict[tuple[Any, str], Payload] = {}  # inspected, so ours; until the loop hears of it
-        self._verdicts: dict[tuple[Any, str], Verdict] = {}
+        self._payloads = Payloads()
+        self._verdicts: dict[Name, Verdict] = {}
         self._computed: dict[int, tuple[Record, Bytes, str]] = {}  # committed, not yet announced
         self._cosines: dict[int, list[float]] = {}
         feeds_back = job.downlink_error_feedback
         self._residuals = Residuals(store, job.layout, self._log.records[1:]) if feeds_back else None
-        self._feed = Feed(self._log, self._new_replica)
+        self._looked_at_tail_s = 0.0
+        self.feed = Feed(self._log, self._new_replica)
         self.state = self._first_state()
         self.report = Report(store, self.fence_epoch, pid, job.layout.num_values, clock)
         self.report.started(self.state)
@@ -139,14 +140,13 @@ class Coordinator:
         """`pending` while the payload is inspected; ask `verdict_on` after the next change."""
         if self.is_fenced:
             return Verdict("unknown")  # its successor is to judge
-        name = (contribution.key, contribution.payload_sha256)
-        self._verdicts.pop(name, None)
-        self._payloads.setdefault(name, Payload(payload))
+        self._verdicts.pop(name_of(contribution), None)
+        self._payloads.offer(name_of(contribution), payload)
         self.receive(Submitted(self._now_s(), contribution))
         return self.verdict_on(contribution)
 
     def verdict_on(self, contribution: Contribution) -> Verdict:
-        return self._verdicts.get((contribution.key, contribution.payload_sha256), Verdict("pending"))
+        return self._verdicts.get(name_of(contribution), Verdict("pending"))
 
     def news(self, island: str, incarnation: int, after: int, held: str) -> Tidings | None:
         """None: nothing new past `after` and no plan that follows `held`. Observers follow with an empty name."""
@@ -159,23 +159,18 @@ class Coordinator:
             if may_return(self.state.members, island, incarnation):
                 return Tidings("rejoin")
             return Tidings("fenced", reason=why_not(self.state.members, island))
+        if after > self.state.index and self._now_s() - self._looked_at_tail_s > LOOK_EVERY_S:
+            self._looked_at_tail_s = self._now_s()
+            self._later(self._check_tail)
         plan = plan_for(self.state, island, incarnation, held)
         return Tidings("ok", is_behind, plan) if is_behind or plan else None
 
     def records_after(self, after: int) -> tuple[Step, ...]:
         """The first of those that `news` speaks of."""
-        return self.recent_after(after) or (self.old_record(after + 1),)
-
-    def recent_after(self, after: int) -> tuple[Step, ...]:
-        """The same, where they are in memory."""
-        return self._feed.recent_after(after)
-
-    def old_record(self, index: int) -> Step:
-        """Read from the store, on any thread."""
-        return self._feed.read(index)
+        return self.feed.recent_after(after) or (self.feed.read(after + 1),)
 
     def snapshot(self, first: bool = False) -> SnapshotState:
-        return self._feed.snapshot(first)
+        return self.feed.snapshot(first)
 
     def leave(self, island: str, incarnation: int, reason: str) -> None:
         self.receive(Left(self._now_s(), island, incarnation, reason))
@@ -209,10 +204,10 @@ class Coordinator:
         if event is None or (ended(self.state) and not isinstance(event, Heartbeat | Left | Submitted)):
             return
         if isinstance(event, Inspected):
-            self._hold_the_copy(event.contribution)
+            self._payloads.hold_the_copy(name_of(event.contribution))
         if isinstance(event, Committed):
             record, payload, reason = self._computed.pop(event.index)
-            self._feed.keep(record, payload)
+            self.feed.keep(record, payload)
             cosines = self._cosines.pop(event.index, None)
             self.report.committed(record, reason, len(self.state.alive), payload.size, cosines)
         self.state, commands = reduce(self.state, event)
@@ -220,15 +215,16 @@ class Coordinator:
         for command in commands:
             self._perform(command)
         if isinstance(event, Submitted | Inspected | Committed):
-            self._drop_payloads()
+            self._payloads.drop_but({name_of(item.contribution) for item in self.state.inbox.values()})
+            self._verdicts = dict(list(self._verdicts.items())[-MAX_VERDICTS:])
 
     def _perform(self, command: Command) -> None:
         match command:
             case Inspect(contribution):
-                held = self._payloads[contribution.key, contribution.payload_sha256]
+                held = self._payloads[name_of(contribution)]
                 self._later(lambda: self._inspect(contribution, held))
             case Answer(contribution, verdict):
-                self._verdicts[contribution.key, contribution.payload_sha256] = verdict
+                self._verdicts[name_of(contribution)] = verdict
                 if verdict.status == "accepted":
                     self.report.accepted(contribution, contribution.fragment == self.state.closing_fragment)
             case TakeOuterStep():
@@ -246,26 +242,19 @@ class Coordinator:
             case _:
                 assert_never(command)
 
-    def _hold_the_copy(self, contribution: Contribution) -> None:
-        """It may have been sent again while it was inspected: what came last is not ours yet."""
-        name = (contribution.key, contribution.payload_sha256)
-        copied = self._copied.pop(name, None)
-        if copied is not None and name in self._payloads:
-            self._payloads[name] = copied
-
-    def _drop_payloads(self) -> None:
-        held = {(key, item.contribution.payload_sha256) for key, item in self.state.inbox.items()}
-        self._payloads = {name: payload for name, payload in self._payloads.items() if name in held}
-        names = list(self._verdicts)[-MAX_VERDICTS:]
-        self._verdicts = {name: self._verdicts[name] for name in names}
-
     # ---- jobs: run by `later`, one after the other; the only users of replica and log ----
+
+    def _check_tail(self) -> None:
+        """For a record that a coordinator of before committed after our look at the log: the next step would run into
+        it, but whoever has it works on what comes after."""
+        with contextlib.suppress(StoreError):
+            self._log.check_tail(self.fence_epoch)
 
     def _inspect(self, contribution: Contribution, payload: Payload) -> Inspected:
         num_values = self._job.layout.fragments[contribution.fragment].num_values
         norm, problem = payload.inspect(contribution, num_values, self._uplink)
         if not problem:
-            self._copied[contribution.key, contribution.payload_sha256] = payload
+            self._payloads.copied(name_of(contribution), payload)
         return Inspected(self._now_s(), contribution, norm, problem)
 
     def _take_outer_step(self, step: TakeOuterStep) -> Committed:

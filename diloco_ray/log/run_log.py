@@ -96,11 +96,20 @@ class RunLog:
         check_sha256(payload, record.payload_sha256, self.store.url_of(record.payload))
         return payload
 
+    def check_tail(self, fence_epoch: int) -> None:
+        """Raises as `append` would, where somebody has committed what comes next."""
+        path = record_path(self.tail.index + 1)
+        stored = self.store.read_if_there(path)
+        if stored is not None:
+            self._give_way(path, stored, fence_epoch)
+
     def _check_own_retry(self, path: str, data: bytes, fence_epoch: int) -> None:
         """A put whose answer was lost is found again by its retry, and equal bytes are the same commit."""
         stored = self.store.read(path)
-        if stored == data:
-            return
+        if stored != data:
+            self._give_way(path, stored, fence_epoch)
+
+    def _give_way(self, path: str, stored: bytes, fence_epoch: int) -> None:
         where = self.store.url_of(path)
         winner = Record.from_bytes(stored, where)
         kind = FencedError if winner.fence_epoch > fence_epoch else OvertakenError

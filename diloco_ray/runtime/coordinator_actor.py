@@ -81,11 +81,11 @@ class CoordinatorActor:
         """Old ones are read beside the loop: nobody's heartbeat waits for a bucket."""
         if not tidings or not tidings.records:
             return ()
-        recent = self._coordinator.recent_after(after)
+        recent = self._coordinator.feed.recent_after(after)
         if recent:
             return recent
         loop = asyncio.get_running_loop()
-        return (await loop.run_in_executor(self._reads, self._coordinator.old_record, after + 1),)
+        return (await loop.run_in_executor(self._reads, self._coordinator.feed.read, after + 1),)
 
     async def measured(self) -> set[int]:
         return self._coordinator.measured()

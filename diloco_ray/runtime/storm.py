@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -66,6 +67,7 @@ class Fault:
     at_s: float
     ends_s: float
     outer_steps: int
+    began: str = ""  # when the process was started, as the system has it
     detected_s: float | None = None
     recovered_s: float | None = None
 
@@ -140,8 +142,8 @@ class Storm:
     def zombies(self) -> list[int]:
         """Processes that hung, were replaced, and still live."""
         holders = {island["pid"] for island in self._status["islands"]}
-        hung = [fault.pid for fault in self.faults if fault.kind == "hang"]
-        return [pid for pid in hung if pid not in holders and _lives(pid)]
+        hung = [fault for fault in self.faults if fault.kind == "hang"]
+        return [fault.pid for fault in hung if fault.pid not in holders and _lives(fault.pid, fault.began)]
 
     def _rage(self) -> None:
         coming = list(self._planned)
@@ -168,11 +170,11 @@ class Storm:
         targets = [target for target in targets if target[0] not in spared]  # what is frozen or dead is no target
         try:
             pid, before, name = targets[int(planned.victim * len(targets))]
-            ends_s = self._hit(planned.kind, pid)
+            began, ends_s = start_of(pid), self._hit(planned.kind, pid)
         except (IndexError, ProcessLookupError):
             self.missed.append(planned.kind)
             return False
-        self.faults.append(Fault(planned.kind, name, pid, before, self.now_s, ends_s, status["outer_steps"]))
+        self.faults.append(Fault(planned.kind, name, pid, before, self.now_s, ends_s, status["outer_steps"], began))
         self._tell(f"fault {len(self.faults)}: {planned.kind} of {name or 'the coordinator'} (pid {pid})")
         return True
 
@@ -194,9 +196,18 @@ def _go_on(pid: int) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
-def _lives(pid: int) -> bool:
+def _lives(pid: int, began: str) -> bool:
+    """The very process: numbers are given again, to threads too."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return True
+    return start_of(pid) == began
+
+
+def start_of(pid: int) -> str:
+    """Linux: the clock tick at which it was started. Elsewhere "", as for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""

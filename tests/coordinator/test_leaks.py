@@ -91,7 +91,7 @@ def test_after_many_rounds_of_trouble_nothing_is_held_that_was_not_held_before(
     assert num_open_files(tmp_path) == 0
     wait_for(lambda: threading.active_count() <= threads)  # those that read ahead end in their own time
     state = coordinator.state
-    assert (coordinator._payloads, coordinator._computed, coordinator._cosines) == ({}, {}, {})
+    assert (len(coordinator._payloads), coordinator._computed, coordinator._cosines) == (0, {}, {})
     assert (state.inbox, state.stepping, state.sent_back) == ({}, {}, frozenset())
     assert len(coordinator._verdicts) <= MAX_VERDICTS
     assert set(state.members) == {island.name for island in room.islands}

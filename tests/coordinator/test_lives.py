@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diloco_ray.coordination.messages import Committed, Verdict
-from diloco_ray.errors import FencedError, StoreError
+from diloco_ray.errors import FencedError, OvertakenError, StoreError
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.protocol import Beat
@@ -67,7 +67,7 @@ def test_that_there_are_old_records_is_told_without_a_look_at_the_store(store: R
     tidings = second.news("", 0, 0, "")
     assert tidings is not None
     assert tidings.records
-    assert second.recent_after(0) == ()
+    assert second.feed.recent_after(0) == ()
     with pytest.raises(StoreError):
         second.records_after(0)
 
@@ -127,6 +127,29 @@ def test_a_coordinator_that_lost_the_race_for_a_record_stops_even_if_it_saw_no_n
         first.run_job()
     assert {name: data for name, data in files(store).items() if name in before} == before
     assert len(records(store)) == 1
+
+
+def test_a_record_that_only_islands_know_of_is_looked_for_though_no_step_is_due(store: RunStore) -> None:
+    """A coordinator of before commits it after its successor's look at the log: who has it works on what comes next."""
+    first = Life(store, JOB)
+    islands = two_islands(first)
+    for island in islands:
+        first.coordinator.submit(*island.contribution(first.plan_of(island)))
+    for _ in islands:
+        first.coordinator.receive(first.run_job())
+    second = Life(store, JOB)
+    second.coordinator.news("", 0, 1, "")  # by somebody who cannot know
+    assert second.run_job() is None
+    store.delete("fences/00000002.json")  # as if the first had looked before
+    first.coordinator.receive(first.run_job())
+    assert len(records(store)) == 1
+    for after in (0, 1, 1):
+        second.coordinator.news("", 0, after, "")
+    assert not second.jobs, "it has just looked"
+    second.coordinator._looked_at_tail_s = 0.0
+    second.coordinator.news("", 0, 1, "")
+    with pytest.raises(OvertakenError, match="record 1 was committed by the coordinator of fence epoch 1"):
+        second.run_job()
 
 
 @pytest.mark.parametrize("work_survives", [True, False], ids=["islands live", "islands start anew"])

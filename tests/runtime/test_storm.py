@@ -14,7 +14,7 @@ from diloco_ray.coordination.messages import DataRange, Share
 from diloco_ray.errors import ConfigError
 from diloco_ray.log.record import Record
 from diloco_ray.runtime.chaos import num_doubled, run_chaos, tokens_per_s, tokens_per_s_between
-from diloco_ray.runtime.storm import SHARES, Fault, Planned, Storm, schedule
+from diloco_ray.runtime.storm import SHARES, Fault, Planned, Storm, schedule, start_of
 
 
 def test_a_storm_has_as_many_faults_as_its_rate_says_and_is_the_same_for_the_same_seed() -> None:
@@ -111,6 +111,19 @@ def test_a_storm_strikes_processes_lets_go_of_them_and_counts_what_hit_nothing(
         f"fault 1: freeze of island-01 (pid {sleepers[1].pid})",
         f"fault 2: kill of island-00 (pid {sleepers[0].pid})",
     ]
+
+
+def test_a_zombie_is_the_very_process_that_hung(sleepers: list[Any]) -> None:
+    """Not one that was given its number since, nor one that holds an island's name."""
+    pid, began = sleepers[0].pid, start_of(sleepers[0].pid)
+    storm = Storm([], 4.0, lambda text: None)
+    for at, found in ((began, [pid]), (f"{int(began) - 1}", [])):
+        storm.faults = [Fault("hang", "island-00", pid, "", at_s=1.0, ends_s=2.0, outer_steps=0, began=at)]
+        assert storm.zombies == found
+    storm.faults = [Fault("hang", "island-00", pid, "", at_s=1.0, ends_s=2.0, outer_steps=0, began=began)]
+    storm.see(of_two(sleepers))
+    assert storm.zombies == []
+    storm.stop()
 
 
 def test_sequences_that_two_leases_spent_are_counted() -> None:
