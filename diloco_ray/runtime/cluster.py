@@ -164,9 +164,8 @@ class Place:
         selector = selector_of(settings, island)
         self._rooms: Any = None
         if ranks > 1:  # the actor of a gang takes nothing but care
-            self.actor: Any = GangActor.options(**actor_options({}, selector), max_concurrency=GANG_CALLS).remote(
-                settings
-            )
+            options = {**actor_options({}, selector), "max_concurrency": GANG_CALLS}
+            self.actor: Any = GangActor.options(**options).remote(settings)
             self._rooms = self.actor.rooms.remote()
         else:
             self.actor = IslandActor.options(**actor_options(settings.island_resources, selector)).remote()

@@ -43,9 +43,7 @@ class CoordinatorActor:
         self._store, self._job, self._mail = RunStore(run_url), job, mail
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tensors")
         self._files = ThreadPoolExecutor(1, thread_name_prefix="files")
-        self._reads = ThreadPoolExecutor(
-            1, thread_name_prefix="reads"
-        )  # the clock waits for what is written, not for these
+        self._reads = ThreadPoolExecutor(1, thread_name_prefix="reads")  # the clock never waits for these
         holder = f"pid {os.getpid()} on {ray.util.get_node_ip_address()}"
         self._coordinator = Coordinator(self._store, job, later=self._run_later, holder=holder, pid=os.getpid())
         self._changed = asyncio.Event()
