@@ -21,7 +21,7 @@ from diloco_ray.observe.status import STATUS
 from diloco_ray.run import open_run, read_run
 from diloco_ray.simulation.in_process import begin, make_island, train_in_process
 from diloco_ray.transport.in_memory import InMemoryTransport
-from diloco_ray.transport.letters import NOTICE, Notice, mark_of
+from diloco_ray.transport.letters import NOTICE, Notice
 from tests.processes import digests, run_folder, write_recipe
 
 
@@ -319,23 +319,3 @@ def test_a_run_that_is_over_is_taken_up_once_more_where_islands_from_outside_hav
     for state, found in (("running", None), ("succeeded", over)):
         run.store.write(NOTICE, canonical_json(asdict(Notice(1, state, "", {}, ""))))
         assert api.finished_status(run) == found
-
-
-# ---- tokens ----
-
-
-def test_a_token_of_another_secret_than_the_coordinators_is_refused_where_it_is_made(
-    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = opened(tiny)
-    mine, other = "the coordinator's own secret", "a secret of somebody else"
-    monkeypatch.setenv(api.SECRET, other)
-    assert api.create_token(run.store.url, "eu-1")  # before there is a coordinator
-    notice = Notice(1, "running", "", {}, mark_of(mine, run.run_id))
-    run.store.write(NOTICE, canonical_json(asdict(notice)))
-    with pytest.raises(ConfigError, match="is not the one that the run's coordinator has") as caught:
-        api.create_token(run.store.url, "eu-1")
-    assert mine not in str(caught.value)
-    assert other not in str(caught.value)
-    monkeypatch.setenv(api.SECRET, mine)
-    assert api.create_token(run.store.url, "eu-1")

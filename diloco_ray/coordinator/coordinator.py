@@ -53,7 +53,7 @@ from diloco_ray.log.run_log import RunLog, check_fence, take_fence
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import prune_snapshots, restore, save_snapshot
 from diloco_ray.observe.events import of_kind
-from diloco_ray.transport.protocol import Beat, Bytes, Hello, Order, SnapshotState, Step, Tidings, Welcome
+from diloco_ray.transport.protocol import Beat, Bytes, Hello, LogStep, Order, SnapshotState, Tidings, Welcome
 
 Job = Callable[[], Event | None]
 LOOK_EVERY_S = 1.0  # at the log's end, on the word of anybody
@@ -165,7 +165,7 @@ class Coordinator:
         plan = plan_for(self.state, island, incarnation, held)
         return Tidings("ok", is_behind, plan) if is_behind or plan else None
 
-    def records_after(self, after: int) -> tuple[Step, ...]:
+    def records_after(self, after: int) -> tuple[LogStep, ...]:
         """The first of those that `news` speaks of."""
         return self.feed.recent_after(after) or (self.feed.read(after + 1),)
 

@@ -10,7 +10,7 @@ from diloco_ray.algorithm.replica import Replica
 from diloco_ray.log.record import Record
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.snapshot import list_snapshots, load_newest
-from diloco_ray.transport.protocol import Bytes, SnapshotState, Step
+from diloco_ray.transport.protocol import Bytes, LogStep, SnapshotState
 
 RECENT_BYTES = 512 * 1024**2  # payloads kept in memory; older ones are read from the store
 ANSWER_BYTES = 64 * 1024**2  # in one answer, but for its first record: no backlog makes one that never arrives
@@ -21,7 +21,7 @@ class Feed:
 
     def __init__(self, log: RunLog, new_replica: Callable[[], Replica]):
         self._log, self._new_replica = log, new_replica
-        self._recent: deque[Step] = deque()
+        self._recent: deque[LogStep] = deque()
 
     def keep(self, record: Record, payload: Bytes) -> None:
         self._recent.append((record, payload))
@@ -29,7 +29,7 @@ class Feed:
         while num_bytes > RECENT_BYTES and len(self._recent) > 1:
             num_bytes -= self._recent.popleft()[1].size
 
-    def recent_after(self, after: int) -> tuple[Step, ...]:
+    def recent_after(self, after: int) -> tuple[LogStep, ...]:
         """The first records past `after`, if they are in memory."""
         recent = tuple(item for item in self._recent if item[0].index > after)
         if not recent or recent[0][0].index != after + 1:
@@ -37,7 +37,7 @@ class Feed:
         sizes = itertools.accumulate(payload.size for _, payload in recent)
         return recent[: max(1, sum(size <= ANSWER_BYTES for size in sizes))]
 
-    def read(self, index: int) -> Step:
+    def read(self, index: int) -> LogStep:
         """From the store: a follower that is far behind gets one record at a time."""
         record = self._log.records[index]
         return record, np.frombuffer(self._log.payload(record), np.uint8)

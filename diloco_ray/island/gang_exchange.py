@@ -28,10 +28,9 @@ from diloco_ray.island.part import Part
 from diloco_ray.island.threads import Threads
 from diloco_ray.log.record import Record
 from diloco_ray.transport.follower import Follower
-from diloco_ray.transport.protocol import Bytes, SnapshotState, Transport
+from diloco_ray.transport.protocol import LogStep, SnapshotState, Transport
 
 _PLAN = TypeAdapter(InnerPlan)
-Step = tuple[Record, Bytes]
 
 
 class _Relay(Follower):
@@ -42,7 +41,7 @@ class _Relay(Follower):
     def load_snapshot(self, first: bool = False) -> SnapshotState:
         self.state = self.transport.snapshot(first)
         self.replica.versions = list(self.state.versions)
-        self.released: list[deque[Step]] = [deque() for _ in self.state.versions]
+        self.released: list[deque[LogStep]] = [deque() for _ in self.state.versions]
         for waiting in self._waiting:
             waiting.clear()
         self.index = self.state.index
@@ -69,7 +68,7 @@ class Lead(Exchange):
         state, self._follower.state = self._follower.state, None
         return state
 
-    def take_released(self, fragment: int) -> list[Step]:
+    def take_released(self, fragment: int) -> list[LogStep]:
         """What the gang is to replay now."""
         with self.bell:
             released = self._follower.released[fragment]

@@ -41,7 +41,7 @@ class Identity:
 def fenced(island: str, reason: str) -> FencedError:
     """What ends a process that may not hold its island's name any more."""
     remedy = "nothing, if that one is meant to do the work; else end it, or give this one a name and token of its own"
-    if "quarantined" in reason:
+    if "is quarantined" in reason:
         remedy = "mend what made its payloads bad, such as too high an inner.learning_rate, and give the command again"
     return FencedError(reason or "another process took this island's name", where=island, remedy=remedy)
 

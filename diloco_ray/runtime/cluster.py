@@ -162,25 +162,25 @@ class Place:
 
     def __init__(self, settings: ClusterSettings, island: str, ranks: int):
         selector = selector_of(settings, island)
-        self._rooms: Any = None
+        self._placement_group: Any = None
         if ranks > 1:  # the actor of a gang takes nothing but care
             options = {**actor_options({}, selector), "max_concurrency": GANG_CALLS}
             self.actor: Any = GangActor.options(**options).remote(settings)
-            self._rooms = self.actor.rooms.remote()
+            self._placement_group = self.actor.placement_group.remote()
         else:
             self.actor = IslandActor.options(**actor_options(settings.island_resources, selector)).remote()
 
-    def has_room(self, life: Any, within_s: float) -> bool:
-        """Waits until its ranks are where they belong, or the call that is its life has ended."""
-        return self._rooms is None or bool(ray.wait([self._rooms, life], timeout=within_s)[0])
+    def wait_for_ranks(self, life: Any, within_s: float) -> bool:
+        """Until its ranks are there, or the call that is its life has ended; whether that was in time."""
+        return self._placement_group is None or bool(ray.wait([self._placement_group, life], timeout=within_s)[0])
 
     def clear(self) -> None:
-        """Ends what is there, ranks included, whose rooms Ray keeps for an actor that was killed."""
+        """Ends what is there, and frees the ranks' placement group, which Ray keeps when an actor is killed."""
         ray.kill(self.actor, no_restart=True)
-        if self._rooms is None or not ray.wait([self._rooms], timeout=0)[0]:
+        if self._placement_group is None or not ray.wait([self._placement_group], timeout=0)[0]:
             return
         with contextlib.suppress(exceptions.RayError):
-            remove_placement_group(ray.get(self._rooms, timeout=POLL_S))
+            remove_placement_group(ray.get(self._placement_group, timeout=POLL_S))
 
 
 def actor_options(resources: Mapping[str, float], label_selector: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from diloco_ray.log.run_log import check_fence
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.observe.status import STATUS
 from diloco_ray.runtime.office import Mail, OfficeThread
-from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, SnapshotState, Step, Tidings, Welcome
+from diloco_ray.transport.protocol import Beat, Bytes, Hello, LogStep, News, Order, SnapshotState, Tidings, Welcome
 
 TICK_S = 0.5
 REMOTE_STATUS_EVERY_S = 10.0  # a bucket is not asked more often than this
@@ -75,7 +75,7 @@ class CoordinatorActor:
                 return News.of(tidings or Tidings("ok"), await self._records_of(tidings, after))
             await self._change(left_s)
 
-    async def _records_of(self, tidings: Tidings | None, after: int) -> tuple[Step, ...]:
+    async def _records_of(self, tidings: Tidings | None, after: int) -> tuple[LogStep, ...]:
         """Old ones are read beside the loop: nobody's heartbeat waits for a bucket."""
         if not tidings or not tidings.records:
             return ()

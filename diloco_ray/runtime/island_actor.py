@@ -61,20 +61,20 @@ class GangActor:
 
     def __init__(self, cluster: Any) -> None:
         self._cluster, self._is_sent_home = cluster, False
-        self._rooms: Future[Any] = Future()
+        self._placement_group: Future[Any] = Future()
 
     def place(self) -> tuple[str, int]:
         """Ray's id of its node, and its process there."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def rooms(self) -> Any:
-        """The placement group of its ranks, once they are there."""
-        return self._rooms.result()
+    def placement_group(self) -> Any:
+        """That of its ranks, once they are there."""
+        return self._placement_group.result()
 
-    def moved_in(self, rooms: Any) -> None:
+    def placed(self, placement_group: Any) -> None:
         """A rank's word, where it is; the others say the same."""
         with contextlib.suppress(InvalidStateError):
-            self._rooms.set_result(rooms)
+            self._placement_group.set_result(placement_group)
 
     def send_home(self) -> None:
         """The ranks learn of it as of a notice that their node is draining."""

@@ -59,7 +59,7 @@ def live_as_rank(
 ) -> str:
     """As `live_as_island`, for one rank of an island, in a process group that is there already. home: its GangActor."""
     with collecting_later():
-        home.moved_in.remote(get_current_placement_group())
+        home.placed.remote(get_current_placement_group())
         gang = Gang(name, rank_timeout_s)
         island = Island(job, _identity(name, process), connect() if gang.leads else None, gang=gang)
     return _live(island, island.exchange if gang.leads else None, sync, speed, partial(_is_sent_home, home))

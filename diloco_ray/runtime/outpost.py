@@ -99,7 +99,7 @@ class _Outpost:
         actor, line = self._place.actor, partial(connect, run, self._token, self._process)
         self._node, self._pid = ray.get(actor.place.remote(), timeout=cluster.placement_timeout_s)
         self._life = actor.live.remote(run.island_job(), island, self._process, line, run.config.sync)
-        if not self._place.has_room(self._life, cluster.placement_timeout_s):
+        if not self._place.wait_for_ranks(self._life, cluster.placement_timeout_s):
             raise exceptions.GetTimeoutError(f"no room for its ranks in {cluster.placement_timeout_s:g} s")
 
     def wait(self, look: Callable[[], Mapping[str, Any] | None]) -> str:

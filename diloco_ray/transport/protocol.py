@@ -58,15 +58,15 @@ class SnapshotState:
         )
 
 
-Standing = Literal["ok", "rejoin", "fenced", "over"]
-Step = tuple[Record, Bytes]  # of the log, with its payload
+NewsStanding = Literal["ok", "rejoin", "fenced", "over"]
+LogStep = tuple[Record, Bytes]  # a record with its payload
 
 
 @dataclass(frozen=True)
 class Tidings:
     """What a coordinator has to say at once: how the run stands, the work in hand, and whether there are records."""
 
-    standing: Standing
+    standing: NewsStanding
     records: bool = False
     plan: InnerPlan | None = None
     reason: str = ""
@@ -76,13 +76,13 @@ class Tidings:
 class News:
     """What follows a log index: Tidings, with those records themselves, which may have to be read from the store."""
 
-    standing: Standing
-    records: tuple[Step, ...] = ()
+    standing: NewsStanding
+    records: tuple[LogStep, ...] = ()
     plan: InnerPlan | None = None
     reason: str = ""
 
     @staticmethod
-    def of(tidings: Tidings, records: tuple[Step, ...]) -> "News":
+    def of(tidings: Tidings, records: tuple[LogStep, ...]) -> "News":
         return News(tidings.standing, records, tidings.plan, tidings.reason)
 
 
@@ -145,7 +145,7 @@ class Doors(Protocol):
 class OpenDoors(Doors, Protocol):
     """Of a coordinator in the same process, which gives the records as well."""
 
-    def records_after(self, after: int) -> tuple[Step, ...]: ...
+    def records_after(self, after: int) -> tuple[LogStep, ...]: ...
 
 
 def told(doors: OpenDoors, island: str, incarnation: int, after: int, held: str) -> News | None:

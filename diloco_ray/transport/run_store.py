@@ -38,7 +38,7 @@ from diloco_ray.transport.letters import (
     understood,
     write_letter,
 )
-from diloco_ray.transport.protocol import Bytes, News, SnapshotState, Step, Tidings, Welcome
+from diloco_ray.transport.protocol import Bytes, LogStep, News, SnapshotState, Tidings, Welcome
 
 T = TypeVar("T")
 QUICKEST_S = 0.02  # between two looks, where the store is a folder
@@ -96,11 +96,11 @@ class RunStoreTransport(CallingTransport):
         path = record_path(index)
         return Record.from_bytes(self._store.read(path), self._store.url_of(path))
 
-    def _records_after(self, after: int) -> tuple[Step, ...]:
+    def _records_after(self, after: int) -> tuple[LogStep, ...]:
         newest = max(numbered(self._store, "log"), default=-1)
         return tuple(self._step(index) for index in range(after + 1, min(newest, after + RECORDS_AT_ONCE) + 1))
 
-    def _step(self, index: int) -> Step:
+    def _step(self, index: int) -> LogStep:
         record = self._record(index)
         payload = self._store.read(record.payload)
         check_sha256(payload, record.payload_sha256, self._store.url_of(record.payload))

@@ -1,11 +1,13 @@
 """Coordinator lives: what a second one finds, what the first one may no longer do, and what a restart must not lose."""
 
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 
 from diloco_ray.coordination.messages import Committed, Verdict
+from diloco_ray.coordinator import coordinator
 from diloco_ray.errors import FencedError, OvertakenError, StoreError
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.run_store import RunStore
@@ -111,14 +113,20 @@ def test_a_fenced_coordinator_tells_nobody_that_the_run_is_over(store: RunStore)
     assert first.coordinator.submit(*item).status == "unknown"
 
 
+def about_to_step(store: RunStore) -> Life:
+    """All contributions of a round are accepted; the outer step is the next job."""
+    life = Life(store, JOB)
+    islands = two_islands(life)
+    for island in islands:
+        life.coordinator.submit(*island.contribution(life.plan_of(island)))
+    for _ in islands:
+        life.coordinator.receive(life.run_job())
+    return life
+
+
 def test_a_coordinator_that_lost_the_race_for_a_record_stops_even_if_it_saw_no_newer_fence(store: RunStore) -> None:
     """The create of the record decides, not the look at the fences."""
-    first = Life(store, JOB)
-    islands = two_islands(first)
-    for island in islands:
-        first.coordinator.submit(*island.contribution(first.plan_of(island)))
-    for _ in islands:
-        first.coordinator.receive(first.run_job())
+    first = about_to_step(store)
     second = Life(store, JOB)
     one_round(second, two_islands(second))
     store.delete("fences/00000002.json")
@@ -129,24 +137,21 @@ def test_a_coordinator_that_lost_the_race_for_a_record_stops_even_if_it_saw_no_n
     assert len(records(store)) == 1
 
 
-def test_a_record_that_only_islands_know_of_is_looked_for_though_no_step_is_due(store: RunStore) -> None:
+def test_a_record_that_only_islands_know_of_is_looked_for_though_no_step_is_due(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A coordinator of before commits it after its successor's look at the log: who has it works on what comes next."""
-    first = Life(store, JOB)
-    islands = two_islands(first)
-    for island in islands:
-        first.coordinator.submit(*island.contribution(first.plan_of(island)))
-    for _ in islands:
-        first.coordinator.receive(first.run_job())
-    second = Life(store, JOB)
+    first, second = about_to_step(store), Life(store, JOB)
     second.coordinator.news("", 0, 1, "")  # by somebody who cannot know
     assert second.run_job() is None
+    monkeypatch.setattr(coordinator, "LOOK_EVERY_S", math.inf)
     store.delete("fences/00000002.json")  # as if the first had looked before
     first.coordinator.receive(first.run_job())
     assert len(records(store)) == 1
     for after in (0, 1, 1):
         second.coordinator.news("", 0, after, "")
     assert not second.jobs, "it has just looked"
-    second.coordinator._looked_at_tail_s = 0.0
+    monkeypatch.setattr(coordinator, "LOOK_EVERY_S", -1.0)
     second.coordinator.news("", 0, 1, "")
     with pytest.raises(OvertakenError, match="record 1 was committed by the coordinator of fence epoch 1"):
         second.run_job()

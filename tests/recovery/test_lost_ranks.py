@@ -79,7 +79,7 @@ def kill_a_rank(train: Train) -> tuple[str, str]:
     return lost, other
 
 
-def test_an_island_whose_lead_hangs_is_ended_and_its_ranks_rooms_are_there_for_the_next(
+def test_an_island_whose_lead_hangs_is_ended_and_its_placement_group_is_free_for_the_next(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     """Ray itself keeps the placement group of an actor that was killed: there is no room for a second one."""

@@ -2,14 +2,20 @@
 
 import json
 import uuid
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from diloco_ray import api
+from diloco_ray.config import RunConfig
 from diloco_ray.errors import ConfigError, StoreError
+from diloco_ray.ids import canonical_json
 from diloco_ray.log.run_store import RunStore
+from diloco_ray.run import open_run
 from diloco_ray.simulation.storage import IOCall, TappedStore
-from diloco_ray.transport.letters import LetterError, Token
+from diloco_ray.transport.letters import NOTICE, LetterError, Notice, Token, mark_of
 from diloco_ray.transport.tokens import REMEMBERED_S, TOKENS, KeyRing, create_token, revoke_tokens
 
 SECRET, RUN_ID = "a secret of these tests only", "5" * 32
@@ -191,3 +197,23 @@ def test_a_store_that_does_not_answer_is_no_reason_to_believe_anything(room: Roo
         room.says(token, ring)
     is_down = False
     assert room.says(token, ring) == ""
+
+
+# ---- its secret ----
+
+
+def test_a_token_of_another_secret_than_the_coordinators_is_refused_where_it_is_made(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(RunConfig.from_dict(tiny))
+    mine, other = "the coordinator's own secret", "a secret of somebody else"
+    monkeypatch.setenv(api.SECRET, other)
+    assert api.create_token(run.store.url, "eu-1")  # before there is a coordinator
+    notice = Notice(1, "running", "", {}, mark_of(mine, run.run_id))
+    run.store.write(NOTICE, canonical_json(asdict(notice)))
+    with pytest.raises(ConfigError, match="is not the one that the run's coordinator has") as caught:
+        api.create_token(run.store.url, "eu-1")
+    assert mine not in str(caught.value)
+    assert other not in str(caught.value)
+    monkeypatch.setenv(api.SECRET, mine)
+    assert api.create_token(run.store.url, "eu-1")
