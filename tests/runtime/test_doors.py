@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,12 +17,13 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from diloco_ray.api import create_token
 from diloco_ray.data.shards import TokenShards
 from diloco_ray.errors import ClusterError
 from diloco_ray.island.evaluator import validation_batches
 from diloco_ray.model.export import validation_loss
 from diloco_ray.run import read_run
-from tests.processes import CLI, DEADLINE_S, run_folder, write_recipe
+from tests.processes import CLI, DEADLINE_S, Command, run_folder, wait_for, write_recipe
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,15 +106,17 @@ def test_the_python_api_returns_a_result_whose_model_has_the_last_printed_loss(
 
 
 @contextmanager
-def head_node(folder: Path) -> Iterator[dict[str, str]]:
-    """`ray start --head` on ports of its own, ended by pid; yields the environment that reaches it."""
-    port, dashboard = 20000 + os.getpid() % 5000, 26000 + os.getpid() % 5000
+def head_node(number: int = 0) -> Iterator[tuple[dict[str, str], Path]]:
+    """`ray start --head` on ports of its own, with a token of its own, ended by pid; yields the environment that
+    reaches it, and its folder. Its jobs have the variables that are set by now."""
+    port, dashboard, agent = (first + 1000 * number + os.getpid() % 1000 for first in (20000, 26000, 31000))
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": f"a-token-of-this-test-only-{uuid.uuid4().hex}",
     }
     environment.pop("RAY_ADDRESS", None)
+    folder = Path(tempfile.mkdtemp(prefix="dr-", dir="/tmp"))  # short, because sockets' paths must be
     ray = str(Path(sys.executable).with_name("ray"))
     head = subprocess.Popen(
         [
@@ -123,7 +127,7 @@ def head_node(folder: Path) -> Iterator[dict[str, str]]:
             "--num-cpus=2",
             f"--port={port}",
             f"--dashboard-port={dashboard}",
-            f"--dashboard-agent-listen-port={31000 + os.getpid() % 1000}",  # Ray's own may be another Ray's here
+            f"--dashboard-agent-listen-port={agent}",  # Ray's own may be another Ray's here
             f"--temp-dir={folder}",
             "--disable-usage-stats",
         ],
@@ -131,15 +135,28 @@ def head_node(folder: Path) -> Iterator[dict[str, str]]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    reaches = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", "RAY_ADDRESS": f"127.0.0.1:{port}"}
     try:
-        yield {
-            **environment,
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-            "RAY_ADDRESS": f"127.0.0.1:{port}",
-        }
+        yield {**environment, **reaches}, folder
     finally:
         head.terminate()
         head.wait(timeout=60)
+        shutil.rmtree(folder)
+
+
+SUBMIT = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", ".", "--", sys.executable]
+
+
+def submitted(words: list[str], environment: dict[str, str], log: Path) -> Command:
+    """`ray job submit`, once the dashboard listens and has somebody to give a job to."""
+    until_s = time.monotonic() + DEADLINE_S
+    while True:
+        command = Command([*SUBMIT, *words], log, **environment)
+        while not command.has_ended() and "submitted successfully" not in command.output():
+            time.sleep(0.1)
+        if "submitted successfully" in command.output():
+            return command
+        assert time.monotonic() < until_s, command.output()[-3000:]
 
 
 def places_of(secret: str, *folders: Path) -> list[str]:
@@ -153,31 +170,45 @@ def places_of(secret: str, *folders: Path) -> list[str]:
 
 
 def test_a_ray_job_trains_and_logs_one_line_per_round_and_its_token_is_nowhere(
-    tiny: dict[str, Any], tmp_path: Path
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(ROOT)
     recipe = write_recipe(tmp_path, {**tiny, "rounds": 3})
-    train = [*CLI, "train", str(recipe), "--name", "elsewhere"]
-    ray, until_s = str(Path(sys.executable).with_name("ray")), time.monotonic() + DEADLINE_S
-    # The path is short, because sockets' paths must be.
-    with tempfile.TemporaryDirectory(prefix="dr-", dir="/tmp") as name, head_node(rays := Path(name)) as environment:
-        command = [ray, "job", "submit", "--working-dir", ".", "--", sys.executable, "jobs/train.py", str(recipe)]
-        while True:  # until the dashboard listens, and has somebody to give a job to
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-            output = done.stdout + done.stderr
-            if "submitted successfully" in output or time.monotonic() > until_s:
-                break
-        refused = [run_as_stranger(words, environment, tmp_path) for words in (command, train)]
+    job, train = ["jobs/train.py", str(recipe)], [*CLI, "train", str(recipe), "--name", "elsewhere"]
+    with head_node() as (environment, rays):
+        output = submitted(job, environment, tmp_path / "job.log").wait_for_end()
+        refused = [run_as_stranger(words, environment, tmp_path) for words in ([*SUBMIT, *job], train)]
         assert any(rays.rglob("*.log"))
         assert places_of(environment["RAY_AUTH_TOKEN"], rays, tmp_path) == []
-    assert done.returncode == 0, output[-3000:]
-    assert environment["RAY_AUTH_TOKEN"] not in output
     assert "succeeded" in output
     assert len([line for line in output.splitlines() if line.startswith("round ")]) == 3
-    for code, text in refused:
-        assert code != 0
-        assert "RAY_AUTH_MODE" in text
-        assert "RAY_AUTH_TOKEN" in text
-    assert refused[1][0] == ClusterError.exit_code
+    assert_refused(*refused)
+
+
+def test_the_jobs_of_a_run_across_clusters_train_where_each_cluster_wants_a_token_of_its_own(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    secret = f"a-secret-of-this-test-only-{uuid.uuid4().hex}"
+    recipe = write_recipe(tmp_path, {**tiny, "islands": 1, "rounds": 3})
+    run = run_folder(tiny)
+    island = ["jobs/island.py", str(run), "--resource", "CPU=1"]
+    monkeypatch.setenv("DILOCO_RAY_SECRET", secret)
+    with head_node() as (here, _):
+        train = ["jobs/train.py", str(recipe), "--islands", "external"]
+        coordinator = submitted(train, here, tmp_path / "coordinator.log")
+        wait_for((run / "run.json").exists, "the run has begun", coordinator)
+        monkeypatch.setenv("DILOCO_RAY_TOKEN", create_token(str(run), "eu-1"))
+        monkeypatch.delenv("DILOCO_RAY_SECRET")  # which the island's cluster has not
+        with head_node(1) as (there, rays):
+            job = submitted(island, there, tmp_path / "island.log")
+            commands = [*SUBMIT, *island], [*CLI, "join", *island[1:]]
+            refused = [run_as_stranger(words, there, tmp_path) for words in commands]
+            assert "the run is over" in job.wait_for_end()
+            assert places_of(secret, rays, run) == []
+        assert "succeeded" in coordinator.wait_for_end()
+    assert "replay bit-equal" in cli("verify", str(run))
+    assert_refused(*refused)
 
 
 def run_as_stranger(words: list[str], environment: dict[str, str], home: Path) -> tuple[int, str]:
@@ -187,3 +218,11 @@ def run_as_stranger(words: list[str], environment: dict[str, str], home: Path) -
         words, cwd=ROOT, env={**known, "HOME": str(home)}, capture_output=True, text=True, timeout=DEADLINE_S
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def assert_refused(job: tuple[int, str], command: tuple[int, str]) -> None:
+    for code, text in (job, command):
+        assert code != 0
+        assert "RAY_AUTH_MODE" in text
+        assert "RAY_AUTH_TOKEN" in text
+    assert command[0] == ClusterError.exit_code
