@@ -15,8 +15,9 @@ from diloco_ray.algorithm.replica import Replica
 from diloco_ray.algorithm.settings import OuterSettings
 from diloco_ray.coordination.messages import Contribution, Event, InnerPlan, Verdict
 from diloco_ray.coordination.state import Rules
-from diloco_ray.coordinator.coordinator import Coordinator, Job
+from diloco_ray.coordinator.coordinator import Coordinator
 from diloco_ray.coordinator.job import CoordinatorJob
+from diloco_ray.coordinator.jobs import Job
 from diloco_ray.ids import island_name, sha256_hex
 from diloco_ray.log.record import Record, model_digest
 from diloco_ray.log.run_log import RunLog

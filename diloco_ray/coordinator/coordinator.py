@@ -43,19 +43,19 @@ from diloco_ray.coordination.reducer import reduce
 from diloco_ray.coordination.state import RunState, ended, plan_for
 from diloco_ray.coordinator.feed import Feed
 from diloco_ray.coordinator.job import CoordinatorJob
+from diloco_ray.coordinator.jobs import Job, Jobs
 from diloco_ray.coordinator.payloads import Name, Payload, Payloads, name_of
 from diloco_ray.coordinator.report import Report
 from diloco_ray.coordinator.residuals import Residuals
 from diloco_ray.errors import DiLoCoError, FencedError, StoreError
 from diloco_ray.ids import sha256_hex
-from diloco_ray.log.record import Record
+from diloco_ray.log.record import Record, payload_path
 from diloco_ray.log.run_log import RunLog, check_fence, take_fence
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import prune_snapshots, restore, save_snapshot
 from diloco_ray.observe.events import of_kind
 from diloco_ray.transport.protocol import Beat, Bytes, Hello, LogStep, Order, SnapshotState, Tidings, Welcome
 
-Job = Callable[[], Event | None]
 LOOK_EVERY_S = 1.0  # at the log's end, on the word of anybody
 MAX_VERDICTS = 1000  # answers kept for those who have not yet asked; one that is lost is given again
 
@@ -73,9 +73,8 @@ class Coordinator:
         pid: int,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._store, self._job, self._later, self._now_s = store, job, later, clock
-        self._uplink = get_codec(job.rules.uplink)
-        self._combine = job.outer.combine_function
+        self._store, self._job, self._later, self._now_s = store, job, Jobs(later), clock
+        self._uplink, self._combine = get_codec(job.rules.uplink), job.outer.combine_function
         self.error: DiLoCoError | None = None  # what ended this life
         self.fence_epoch = take_fence(store, job.rules.run_id, holder)
         self._log = RunLog.open(store)
@@ -87,9 +86,8 @@ class Coordinator:
         self._verdicts: dict[Name, Verdict] = {}
         self._computed: dict[int, tuple[Record, Bytes, str]] = {}  # committed, not yet announced
         self._cosines: dict[int, list[float]] = {}
-        feeds_back = job.downlink_error_feedback
-        self._residuals = Residuals(store, job.layout, self._log.records[1:]) if feeds_back else None
-        self._looked_at_tail_s = 0.0
+        self._residuals = Residuals(store, job.layout, self._log.records[1:]) if job.downlink_error_feedback else None
+        self._looked_at_tail_s, self._is_complete = 0.0, False  # whether the last round's record is written
         self.feed = Feed(self._log, self._new_replica)
         self.state = self._first_state()
         self.report = Report(store, self.fence_epoch, pid, job.layout.num_values, clock)
@@ -184,7 +182,6 @@ class Coordinator:
         self._later(self.report.flush)
 
     def measured(self) -> set[int]:
-        """Outer steps whose parameters are evaluated."""
         return {event["outer_step"] for event in of_kind(self.report.events, "evaluation")}
 
     def tick(self) -> None:
@@ -257,7 +254,9 @@ class Coordinator:
             self._payloads.copied(name_of(contribution), payload)
         return Inspected(self._now_s(), contribution, norm, problem)
 
-    def _take_outer_step(self, step: TakeOuterStep) -> Committed:
+    def _take_outer_step(self, step: TakeOuterStep) -> Committed | None:
+        if self._is_complete:
+            return None  # due before anybody heard that the run is over
         keys = [((step.fragment, share.round, share.island), share.payload_sha256) for share in step.shares]
         payloads = [self._payloads[key].tensor for key in keys]
         weights = [share.weight for share in step.shares]
@@ -277,7 +276,7 @@ class Coordinator:
             version=step.base_version + 1,
             round=step.round,
             codec=self._job.downlink,
-            payload=f"payloads/{parent.index + 1:08d}-{payload_sha256[:12]}.bin",
+            payload=payload_path(parent.index + 1, payload_sha256),
             payload_sha256=payload_sha256,
             shares=step.shares,
             parameters_digest=digest.parameters,
@@ -289,6 +288,7 @@ class Coordinator:
             self._residuals.save(step.fragment, record.index, payload_sha256)
         self._log.append(record, payload.data)
         self._computed[record.index] = (record, payload, step.reason)
+        self._is_complete = record.round == self._job.rules.num_rounds
         if self._job.outer.statistics:
             num_values = self._job.layout.fragments[step.fragment].num_values
             self._cosines[record.index] = pairwise_cosines(payloads, self._uplink, num_values)

@@ -16,8 +16,9 @@ import ray
 
 from diloco_ray.coordination.messages import Contribution, Verdict
 from diloco_ray.coordination.rounds import next_look_s
-from diloco_ray.coordinator.coordinator import Coordinator, Job
+from diloco_ray.coordinator.coordinator import Coordinator
 from diloco_ray.coordinator.job import CoordinatorJob
+from diloco_ray.coordinator.jobs import Job
 from diloco_ray.errors import DiLoCoError, FencedError, OvertakenError, StoreError
 from diloco_ray.ids import canonical_json
 from diloco_ray.log.run_log import check_fence

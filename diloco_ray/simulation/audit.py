@@ -1,13 +1,15 @@
 """The auditor: sees every payload that is sent and every file that is written, and holds the run to its invariants.
 
-Numbers are those of the design: I1 announced records last; I2 one commit per contribution; I4 a chain without gaps; I5
-fences do not fall, and who is fenced does not write; I6 a serial replay of the contributions themselves gives the same
-bits; I8 every leased token has one fate; I9 no range twice in an epoch, none lost; I10 finite; I12 a contribution is
-measured from what the log says its base is. Replicas check I7 themselves; I11 and I16 are the world's.
+Numbers are those of the design: I1 announced records last; I2 one commit per contribution; I3 what is accepted outlives
+its island; I4 a chain without gaps; I5 fences do not fall, and who is fenced does not write; I6 a serial replay of the
+contributions themselves gives the same bits; I7 no island's replica is another one; I8 every leased token has one fate;
+I9 no range twice in an epoch, none lost; I10 finite; I12 a contribution is measured from what the log says its base is.
+I11 and I16 are the world's, but for this: a process ends by an error only where something went wrong with it.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import takewhile
 
 import torch
 
@@ -15,8 +17,9 @@ from diloco_ray.algorithm.codecs import get_codec
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination.data_ledger import DataLedger
 from diloco_ray.coordination.messages import Contribution, DataRange
-from diloco_ray.coordination.state import RunState
+from diloco_ray.coordination.state import Key, RunState
 from diloco_ray.coordinator.job import CoordinatorJob
+from diloco_ray.errors import CorruptionError, DeadlineError, DiLoCoError, FencedError, OvertakenError, StoreError
 from diloco_ray.ids import sha256_hex
 from diloco_ray.log.record import Record
 from diloco_ray.log.run_store import RunStore
@@ -46,6 +49,9 @@ class Audit:
         self._fence_epoch = self._tail = self._tail_epoch = 0
         self._tail_sha256 = sha256_hex(begun.read("log/00000000.json"))
         self._ledger: DataLedger | None = None
+        self._whole: dict[str, Key] = {}  # leases whose contributions are accepted to their end, by the last look
+        self._whole_epoch = 0
+        self.storage_had_trouble = False
         self.num_steps = 0
 
     def require(self, holds: bool, invariant: str, what: str) -> None:
@@ -63,6 +69,16 @@ class Audit:
         self.require(known is not None, "I12", f"{name} is at version {version} of fragment {fragment}, which is not")
         same = known is not None and torch.equal(known, base)
         self.require(same, "I12", f"the base of {name} is not version {version} of fragment {fragment}")
+
+    # ---- processes ----
+
+    def may_end(self, who: str, error: DiLoCoError) -> None:
+        """A name that is another's, a peer away for too long, a storage in trouble: nothing else ends a process. Least
+        of all a replica that finds itself unlike the record (I7): here nobody damages what is stored."""
+        is_storage = isinstance(error, StoreError) and self.storage_had_trouble
+        legitimate = is_storage or isinstance(error, FencedError | OvertakenError | DeadlineError)
+        invariant = "I7" if isinstance(error, CorruptionError) else "I16"
+        self.require(legitimate, invariant, f"{who} ended with {type(error).__name__}: {error.what}")
 
     # ---- storage ----
 
@@ -137,6 +153,7 @@ class Audit:
         """The state of a coordinator that is not fenced. One that an older coordinator has overtaken does not know yet
         what that one has spent; it stops at its next commit."""
         self.require(state.index <= self._tail, "I1", f"the state is at record {state.index} of {self._tail}")
+        self._check_kept(state, fence_epoch)
         is_overtaken = state.index < self._tail and self._tail_epoch < fence_epoch
         if state.ledger is self._ledger or is_overtaken:
             return
@@ -144,6 +161,18 @@ class Audit:
         self._check_account(state.ledger.account(), "the ledger")
         closing = state.stepping.get(state.closing_fragment, ())
         self._check_places(state.ledger, {r for key in closing for r in state.inbox[key].lease.ranges})
+
+    def _check_kept(self, state: RunState, fence_epoch: int) -> None:
+        """What is accepted to its end waits for its outer step, or is in it, while its coordinator lives (I3): but for
+        what has overtaken an earlier contribution of its island, which goes with that one."""
+        if fence_epoch == self._whole_epoch:
+            for lease_id, key in self._whole.items():
+                in_a_step = key in state.stepping.get(key[0], ()) or key in self._keys
+                kept = in_a_step or lease_id in state.ledger.outstanding
+                self.require(kept, "I3", f"{key} was accepted, and is neither waiting nor in an outer step")
+        plans = [plan for plans in state.plans.values() for plan in takewhile(state.is_whole, plans)]
+        self._whole = {plan.lease_id: (state.closing_fragment, plan.round, plan.island) for plan in plans}
+        self._whole_epoch = fence_epoch
 
     def _check_account(self, account: Mapping[str, int], where: str) -> None:
         fates = sum(count for name, count in account.items() if name != "leased")

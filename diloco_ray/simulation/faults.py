@@ -51,6 +51,7 @@ class Faults:
         life = next((life for life in world.coordinators if life.process is task.process), None)
         world.audit.stored(call, life is not None and life.step_began_fenced)
         if call.moment == "before" and call.changes and hub.now_s < self._full_until_s:
+            world.audit.storage_had_trouble = True
             raise OSError(errno.ENOSPC, "no space left on device")
         if task.process.may_pause:
             hub.pause(hub.rng.random() * (SLUGGISH_S if hub.now_s < self._sluggish_until_s else STORAGE_S))
@@ -60,6 +61,9 @@ class Faults:
         for fault, left in met:
             if left == -1:
                 self._strike(fault)
+                if fault.kind == "refuse":
+                    world.audit.storage_had_trouble = True
+                    raise OSError(errno.EIO, "input/output error")
 
     def _strike(self, fault: Fault) -> None:
         world, hub = self._world, self._world.hub
@@ -99,6 +103,8 @@ class Faults:
                 self._full_until_s = hub.now_s + fault.for_s
             case "sluggish":
                 self._sluggish_until_s = hub.now_s + fault.for_s
+            case "refuse":
+                pass  # by whoever makes the call
 
     def _processes(self, who: str) -> list[Process]:
         world = self._world

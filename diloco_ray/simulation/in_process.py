@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from diloco_ray.coordination.membership import names
 from diloco_ray.coordination.rounds import next_look_s
 from diloco_ray.coordination.state import ended
-from diloco_ray.coordinator.coordinator import Coordinator, Job
+from diloco_ray.coordinator.coordinator import Coordinator
+from diloco_ray.coordinator.jobs import Job
 from diloco_ray.errors import ClusterError, FencedError
 from diloco_ray.ids import island_name
 from diloco_ray.island.evaluator import Evaluator

@@ -11,8 +11,9 @@ from typing import Any
 
 from diloco_ray.coordination.messages import Contribution, Event, Verdict
 from diloco_ray.coordination.rounds import next_look_s
-from diloco_ray.coordinator.coordinator import Coordinator, Job
+from diloco_ray.coordinator.coordinator import Coordinator
 from diloco_ray.coordinator.job import CoordinatorJob
+from diloco_ray.coordinator.jobs import Job
 from diloco_ray.errors import DiLoCoError, OvertakenError
 from diloco_ray.island.exchange import Exchange
 from diloco_ray.island.heart import Heart
@@ -53,6 +54,7 @@ class CoordinatorLife:
                 store, job, later=self._jobs.put, holder=holder, pid=self._number, clock=self.process.now_s
             )
         except DiLoCoError as error:
+            self._audit.may_end("the coordinator", error)
             self.process.kill(f"it could not begin: {error.what}")
         self._tell()
         self.process.start("worker", self._work)
@@ -73,17 +75,20 @@ class CoordinatorLife:
         self._has_finished = True
 
     def _work(self) -> None:
+        """The loop hears of what is done while the next job is on its way."""
         while True:
             job = self._jobs.get()
             self.step_began_fenced = self.is_fenced
             try:
-                event = job()
-            except OvertakenError as error:
-                self.process.kill(error.what)
+                self.process.start("done", partial(self._do, partial(_receive, event=job())))
             except DiLoCoError as error:
-                self._do(partial(_fail, error=error))
-            else:
-                self._do(partial(_receive, event=event))
+                self._audit.may_end("the coordinator", error)
+                self.process.start("done", partial(self._failed, error))
+
+    def _failed(self, error: DiLoCoError) -> None:
+        if isinstance(error, OvertakenError):
+            self.process.kill(error.what)
+        self._do(partial(_fail, error=error))
 
     def _tick(self) -> None:
         due_s = self._hub.now_s
@@ -195,6 +200,7 @@ class IslandLife:
             heart.stop()
             self._line.leave(self.name, island.exchange.incarnation, "the run is over")
         except DiLoCoError as error:
+            self._audit.may_end(self.name, error)
             self.process.kill(f"{type(error).__name__}: {error.what}")
         self.process.kill("")
 

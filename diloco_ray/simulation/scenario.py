@@ -25,7 +25,9 @@ from diloco_ray.ids import island_name
 from diloco_ray.simulation.network import NetworkSettings
 from diloco_ray.simulation.storage import IOCall
 
-Kind = Literal["kill", "freeze", "cut", "mute", "deafen", "slow", "leave", "usurp", "bad_payload", "full", "sluggish"]
+Kind = Literal[
+    "kill", "freeze", "cut", "mute", "deafen", "slow", "leave", "usurp", "bad_payload", "full", "sluggish", "refuse",
+]  # fmt: skip
 BadPayload = Literal[
     "nan", "huge", "zero", "short", "long", "terabyte", "pickle", "other_digest", "inflated", "foreign",
     "replayed", "forged", "doubled", "conflict",
@@ -37,6 +39,7 @@ OTHERS: dict[str, tuple[str, ...]] = {  # whom a fault may strike, but for islan
     "usurp": ("coordinator",),
     "full": ("storage",),
     "sluggish": ("storage",),
+    "refuse": ("storage",),
 }
 BASE: dict[str, Any] = {
     "islands": [1, 3],
@@ -99,6 +102,8 @@ class Fault(BaseModel):
     def _one_time(self) -> "Fault":
         if sum(when is not None for when in (self.at_s, self.after_round, self.point)) != 1:
             raise ValueError("give exactly one of at_s, after_round, point")
+        if self.kind == "refuse" and not self.point:
+            raise ValueError("the storage refuses one call: give its point")
         return self
 
     def is_at(self, call: IOCall) -> bool:
@@ -112,7 +117,7 @@ class Fault(BaseModel):
         when = f"at {self.at_s:.2f} s" if self.at_s is not None else f"after round {self.after_round}"
         when = f"{self.point} (skip {self.skip})" if self.point else when
         more = {"bad_payload": f" {self.how}", "slow": f" x{self.factor:g}"}.get(self.kind, "")
-        lasts = f" for {self.for_s:.1f} s" if self.kind not in ("kill", "usurp", "bad_payload") else ""
+        lasts = f" for {self.for_s:.1f} s" if self.kind not in ("kill", "usurp", "bad_payload", "refuse") else ""
         return f"{self.kind}{more} {self.who} {when}{lasts}"
 
 
@@ -134,13 +139,13 @@ class Chance(BaseModel):
         body: dict[str, Any] = {"kind": kind, "who": island, "for_s": rng.choice([1.0, 8.0, 30.0, 100.0])}
         if kind in ("kill", "freeze"):
             body["who"] = rng.choice([island, island, "coordinator", "everything" if kind == "kill" else "coordinator"])
-        elif kind in ("full", "sluggish"):
+        elif kind in ("full", "sluggish", "refuse"):
             body["who"] = "storage"
         elif kind == "usurp":
             body["who"] = rng.choice([island, "coordinator"])
         elif kind == "bad_payload":
             body["how"] = rng.choice(get_args(BadPayload))
-        if kind == "kill" and body["who"] == "coordinator" and rng.random() < 0.6:
+        if kind == "refuse" or (kind == "kill" and body["who"] == "coordinator" and rng.random() < 0.6):
             body |= {"point": rng.choice(POINTS), "skip": rng.randrange(8)}
         else:
             body["at_s"] = round(rng.uniform(0.0, self.until_s), 2)
@@ -150,7 +155,15 @@ class Chance(BaseModel):
 POINTS = tuple(
     f"{moment} {point}"
     for moment in ("before", "after")
-    for point in ("write payloads/*", "create log/*", "create fences/*", "write snapshots/*", "delete *", "read log/*")
+    for point in (
+        "write payloads/*",
+        "create log/*",
+        "create fences/*",
+        "list fences",
+        "write snapshots/*",
+        "delete *",
+        "read log/*",
+    )
 )
 
 

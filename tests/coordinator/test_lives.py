@@ -11,6 +11,7 @@ from diloco_ray.coordinator import coordinator
 from diloco_ray.errors import FencedError, OvertakenError, StoreError
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.run_store import RunStore
+from diloco_ray.simulation.storage import IOCall, TappedStore
 from diloco_ray.transport.protocol import Beat
 from tests.small_run import Life, SmallIsland, begun, files, join_all, records, restored, small_job
 
@@ -135,6 +136,73 @@ def test_a_coordinator_that_lost_the_race_for_a_record_stops_even_if_it_saw_no_n
         first.run_job()
     assert {name: data for name, data in files(store).items() if name in before} == before
     assert len(records(store)) == 1
+
+
+QUORUM = small_job(
+    num_islands=2,
+    num_fragments=2,
+    num_rounds=1,
+    snapshot_every_rounds=1,
+    closes="quorum",
+    quorum=1,
+    overlap=2,
+    launch_interval_s=0.0,
+    grace_share=0.0,
+)
+
+
+def two_steps_in_the_queue(store: RunStore) -> Life:
+    """Of two fragments: the first ends the only round, the second is of the work after it."""
+    life = Life(store, QUORUM)
+    first, second = SmallIsland(0, QUORUM), SmallIsland(1, QUORUM)
+    join_all(life.coordinator, [first, second])
+
+    def send(island: SmallIsland, round: int, fragment: int) -> None:
+        state = life.coordinator.state
+        plan = next(plan for plan in state.plans[island.name] if plan.round == round)
+        item = island.contribution(plan, fragment=fragment, base_version=state.versions[fragment])
+        life.coordinator.submit(*item)
+
+    for island, fragment in ((first, 0), (second, 0), (second, 1)):
+        send(island, 0, fragment)
+        life.settle()
+    send(first, 0, 1)
+    send(second, 1, 0)
+    for _ in range(2):
+        life.coordinator.receive(life.run_job())  # the inspections
+    return life
+
+
+class Trouble:
+    """Of a storage that cannot list the fences for a moment."""
+
+    begins = False
+
+    def __call__(self, call: IOCall) -> None:
+        if self.begins and (call.act, call.path) == ("list", "fences"):
+            raise OSError("503 Slow Down")
+
+
+def test_after_a_step_whose_commit_failed_no_other_is_taken_nor_a_snapshot_of_its_replica(tmp_path: Path) -> None:
+    """The next jobs may be on their way before anybody hears of the error."""
+    tapped = TappedStore(str(tmp_path / "run"), no_fence_is_found := Trouble())
+    life = two_steps_in_the_queue(begun(tapped, QUORUM))
+    before = files(tapped)
+    no_fence_is_found.begins = True
+    with pytest.raises(StoreError):
+        life.run_job()
+    no_fence_is_found.begins = False
+    assert [life.run_job() for _ in range(len(life.jobs))] == [None]
+    assert files(tapped) == before
+
+
+def test_the_record_that_ends_the_run_is_the_last_one(tmp_path: Path) -> None:
+    store = begun(RunStore(str(tmp_path / "run")), QUORUM)
+    life = two_steps_in_the_queue(store)
+    life.settle()
+    state = life.coordinator.state
+    assert state.phase == "succeeded"
+    assert state.index == len(records(store)) == 4
 
 
 def test_a_record_that_only_islands_know_of_is_looked_for_though_no_step_is_due(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,19 @@ import numpy as np
 import pytest
 
 from diloco_ray.algorithm.replica import Replica
-from diloco_ray.coordination import admission, rounds
+from diloco_ray.coordination import admission, reducer, rounds
 from diloco_ray.coordination.data_ledger import DataLedger
 from diloco_ray.coordination.state import RunState
 from diloco_ray.coordinator import coordinator as coordinator_module
+from diloco_ray.coordinator.coordinator import Coordinator
 from diloco_ray.coordinator.payloads import Payload
+from diloco_ray.errors import StoreError
 from diloco_ray.log.record import Record
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.simulation.beginning import prepared_data
 from diloco_ray.simulation.scenario import Named, Scenario
 from diloco_ray.simulation.simulate import Teller
+from diloco_ray.transport.follower import Follower
 
 Patch = pytest.MonkeyPatch
 
@@ -69,7 +73,7 @@ def add_in_arrival_order(patch: Patch) -> None:
         return outer_step(self, fragment, payloads[::-1], weights[::-1], *rest)
 
     def only_the_coordinators(self: Replica, *arguments: Any) -> Any:
-        return (planted if _is_in(coordinator_module.Coordinator) else outer_step)(self, *arguments)
+        return (planted if _is_in(Coordinator) else outer_step)(self, *arguments)
 
     patch.setattr(Replica, "outer_step", only_the_coordinators)
 
@@ -112,16 +116,50 @@ def announce_before_the_commit(patch: Patch) -> None:
 
 
 def decay_momentum_without_contributions(patch: Patch) -> None:
-    """A round whose islands are lost still decays the momentum, on the coordinator."""
-    outer_step = Replica.outer_step
+    """A round whose islands are all lost still decays the momentum, on the coordinator."""
+    receive = Coordinator.receive
 
-    def planted(self: Replica, fragment: int, *rest: Any) -> Any:
-        if _is_in(coordinator_module.Coordinator):
-            for buffer in self.buffers(fragment):
-                buffer.mul_(0.9)
-        return outer_step(self, fragment, *rest)
+    def planted(self: Coordinator, event: Any) -> None:
+        had_islands = hasattr(self, "state") and bool(self.state.alive)
+        receive(self, event)
+        if had_islands and not self.state.alive and not self.state.inbox:
+            for fragment in range(self.state.rules.num_fragments):
+                for buffer in self._replica.buffers(fragment):
+                    buffer.mul_(0.9)
 
-    patch.setattr(Replica, "outer_step", planted)
+    patch.setattr(Coordinator, "receive", planted)
+
+
+def throw_away_what_a_lost_island_had_done(patch: Patch) -> None:
+    revoke = reducer.revoke
+
+    def planted(state: RunState, island: str, fate: str) -> RunState:
+        return revoke(state, island, fate, all_of_it=bool(state.plans.get(island)))
+
+    patch.setattr(reducer, "revoke", planted)
+
+
+def let_an_islands_replica_go_wrong(patch: Patch) -> None:
+    """Now and then, before it replays a record."""
+    replay, turns = Follower.replay, count()
+
+    def planted(self: Follower, fragment: int, version: int | None = None) -> None:
+        if self._waiting[fragment] and next(turns) % 7 == 3:
+            self.replica.parameters(fragment)[0] += 1.0
+        replay(self, fragment, version)
+
+    patch.setattr(Follower, "replay", planted)
+
+
+def end_the_coordinator_for_no_reason(patch: Patch) -> None:
+    take, turns = Coordinator._take_outer_step, count()
+
+    def planted(self: Coordinator, step: Any) -> Any:
+        if next(turns) % 4 == 2:
+            raise StoreError("nothing happened to the storage")
+        return take(self, step)
+
+    patch.setattr(Coordinator, "_take_outer_step", planted)
 
 
 STEADY: dict[str, Any] = {"network": {"loss": 0.0, "doubled": 0.0, "late": 0.0}}
@@ -134,6 +172,15 @@ LAGGARD = {
     "recipe": {"sync": {"preset": "async", "max_staleness": 1}},
     "faults": [{"slow": "island-02", "at_s": 0.0, "factor": 4.0, "for_s": 5000.0}],
 }
+NOBODY = {**STEADY, "faults": [{"leave": f"island-{number:02d}", "at_s": 8.0, "for_s": 60.0} for number in range(3)]}
+LOST = {
+    **STEADY,
+    "recipe": {"islands": 3, "sync": {"grace_s": 200.0}},
+    "faults": [
+        {"slow": "island-02", "at_s": 0.0, "factor": 4.0, "for_s": 5000.0},
+        *({"kill": "island-00", "at_s": at_s} for at_s in (9.0, 22.0, 36.0)),
+    ],
+}
 
 BUGS: list[tuple[Callable[[Patch], None], dict[str, Any], str, int]] = [
     (accept_without_a_copy, STEADY, "I6", 3),
@@ -144,7 +191,10 @@ BUGS: list[tuple[Callable[[Patch], None], dict[str, Any], str, int]] = [
     (drop_a_lease, KILLS, "I9", 10),
     (accept_a_stale_base, LAGGARD, "I12", 5),
     (announce_before_the_commit, STEADY, "I1", 3),
-    (decay_momentum_without_contributions, STEADY, "I6", 3),
+    (decay_momentum_without_contributions, NOBODY, "I6", 3),
+    (throw_away_what_a_lost_island_had_done, LOST, "I3", 6),
+    (let_an_islands_replica_go_wrong, STEADY, "I7", 3),
+    (end_the_coordinator_for_no_reason, STEADY, "I16", 3),
 ]
 
 
