@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
+from diloco_ray.algorithm.codecs import BLOCK_VALUES, Codec, get_codec
 from diloco_ray.coordination.messages import Contribution
 from diloco_ray.ids import sha256_hex
 from diloco_ray.simulation.scenario import BadPayload
 from diloco_ray.transport.protocol import Bytes
 
 Sent = tuple[Contribution, Bytes]
+HUGE = 2.0**20  # well above `sync.max_norm_ratio`, and a norm that is a number yet
 PICKLED = b"cposix\nsystem\n(S'echo a pickle was loaded'\ntR."
 
 
@@ -20,8 +23,7 @@ def tampered(how: BadPayload, c: Contribution, payload: Bytes, before: Sequence[
         case "nan":
             return [_sealed(c, np.full_like(payload, 0xFF))]
         case "huge":
-            largest = np.frombuffer(np.float32(1e30).tobytes() * (payload.size // 4 + 1), np.uint8)
-            return [_sealed(c, largest[: payload.size].copy())]
+            return [_sealed(c, _scaled(payload, HUGE, get_codec(c.codec)))]
         case "zero":
             return [_sealed(c, np.zeros_like(payload))]
         case "terabyte":
@@ -47,6 +49,15 @@ def tampered(how: BadPayload, c: Contribution, payload: Bytes, before: Sequence[
             return [(c, payload)] * 20
         case "conflict":
             return [(c, payload), _sealed(c, payload ^ np.uint8(1)), (c, payload)]
+
+
+def _scaled(payload: Bytes, factor: float, codec: Codec) -> Bytes:
+    """The outer gradient in the payload, so many times as long: (num_bytes,) uint8 as before."""
+    num_values = payload.size * BLOCK_VALUES // codec.num_bytes(BLOCK_VALUES)  # the last block's filling among them
+    scaled, values = torch.from_numpy(payload.copy()), torch.empty(num_values)
+    codec.decode_(scaled, 0, num_values, values, factor)
+    codec.encode_(values, scaled, 0, num_values)
+    return scaled.numpy()
 
 
 def _sealed(c: Contribution, payload: Bytes) -> Sent:

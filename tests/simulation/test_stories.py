@@ -1,6 +1,7 @@
 """Stories are repeatable, cut down to what they take, and told by a command with an exit status."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,18 @@ def test_what_a_script_says_comes_to_pass(teller: Teller, name: str, deaths: int
     assert (story.problem, story.num_struck) == ("", len(named.scenario.faults))
     assert "nobody there" not in trace
     assert trace.count("ended: killed") + trace.count("ended: preempted") >= deaths
+
+
+@pytest.mark.parametrize("uplink", ["float32", "int8"])
+def test_a_huge_contribution_is_refused_for_its_norm(teller: Teller, uplink: str) -> None:
+    """Which is a number: what is infinite would be refused before its norm is compared with others."""
+    faults = [{"bad_payload": "island-01", "after_round": 2, "how": "huge"}]
+    body = {"recipe": {"sync": {"uplink": uplink}}, "faults": faults, "network": {"loss": 0}}
+    story = teller.tell(Named("huge", Scenario.model_validate(body)), 0)
+    [refused] = [line for line in story.trace if "rejected" in line]
+    assert story.problem == ""
+    reason = r"island-01: contribution rejected \(strike 1\): norm: \d\.\d+e\+0[45] is more than 100 x the running"
+    assert re.search(reason, refused)
 
 
 def test_nobody_is_given_up_for_what_takes_long_on_the_line(teller: Teller) -> None:
