@@ -42,6 +42,10 @@ def run_chaos(
         what = f"inner.ranks={config.inner.ranks}, cluster.external_islands={config.cluster.external_islands}"
         remedy = "set inner.ranks=1 and cluster.external_islands=0: a storm strikes islands of one process, on one Ray"
         raise ConfigError(what, where="chaos", remedy=remedy)
+    if not 0.5 < (num_faults := per_hour * minutes / 60.0) < math.inf:
+        what = f"{per_hour:g} faults an hour for {minutes:g} minutes make {num_faults:g}: that is no storm"
+        remedy = f"one fault takes --minutes {60.0 / per_hour:g}, or --kills-per-hour {60.0 / minutes:g}"
+        raise ConfigError(what, where="chaos", remedy=remedy)
     prefix = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     cluster = config.cluster
     cluster = cluster.model_copy(update={"island_resources": {**cluster.island_resources, PLACE: 1.0}})

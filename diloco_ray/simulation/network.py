@@ -5,10 +5,10 @@ Nothing is ever spoken to a process directly: a question and its answer are two 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from diloco_ray.errors import DeadlineError
 from diloco_ray.simulation.green import Hub, Process, Task
@@ -19,12 +19,25 @@ CALL_S = 6.0  # the first attempt, as a carrier makes it; a deadline holds sever
 PAUSE_S = 0.5
 
 
+STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+Amount = TypeVar("Amount", int, float)
+
+
+def _in_order(both: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= both[0] <= both[1]:
+        raise ValueError("not a least and a most; give two numbers from 0 on, the smaller one first")
+    return both
+
+
+LeastAndMost = Annotated[tuple[Amount, Amount], AfterValidator(_in_order)]
+
+
 class NetworkSettings(BaseModel):
     """Of every message, drawn for each."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
-    delay_s: tuple[float, float] = (0.01, 0.3)
+    delay_s: LeastAndMost[float] = (0.01, 0.3)
     loss: float = Field(0.02, ge=0, lt=1)
     doubled: float = Field(0.05, ge=0, lt=1)
     late: float = Field(0.03, ge=0, lt=1, description="probability that one takes ten times as long: it is overtaken")

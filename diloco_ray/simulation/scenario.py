@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from diloco_ray.config import RunConfig
 from diloco_ray.errors import ConfigError
 from diloco_ray.ids import island_name
-from diloco_ray.simulation.network import NetworkSettings
+from diloco_ray.simulation.network import STRICT, LeastAndMost, NetworkSettings
+from diloco_ray.simulation.processes import STEP_S
 from diloco_ray.simulation.storage import IOCall
 
 Kind = Literal[
@@ -40,6 +42,11 @@ OTHERS: dict[str, tuple[str, ...]] = {  # whom a fault may strike, but for islan
     "full": ("storage",),
     "sluggish": ("storage",),
     "refuse": ("storage",),
+}
+OWN_FIELDS: dict[str, tuple[str, ...]] = {  # what a fault has beside its time
+    **dict.fromkeys(("freeze", "cut", "mute", "deafen", "leave", "full", "sluggish"), ("for_s",)),
+    "slow": ("factor", "for_s"),
+    "bad_payload": ("how",),
 }
 BASE: dict[str, Any] = {
     "islands": [1, 3],
@@ -76,7 +83,7 @@ class Fault(BaseModel):
     a moment of a storage call and a pattern of paths; `skip` so many of them first.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
     kind: Kind
     who: str
@@ -99,11 +106,16 @@ class Fault(BaseModel):
         return body
 
     @model_validator(mode="after")
-    def _one_time(self) -> "Fault":
+    def _fields_fit_each_other(self) -> "Fault":
         if sum(when is not None for when in (self.at_s, self.after_round, self.point)) != 1:
-            raise ValueError("give exactly one of at_s, after_round, point")
+            raise ValueError("no time, or more than one; give exactly one of at_s, after_round, point")
         if self.kind == "refuse" and not self.point:
-            raise ValueError("the storage refuses one call: give its point")
+            raise ValueError("no call is named that the storage refuses; give its point")
+        its_own = (*OWN_FIELDS.get(self.kind, ()), *(("skip",) if self.point else ()))
+        for name in ("skip", "for_s", "how", "factor"):
+            if name in self.model_fields_set and name not in its_own:
+                owner = "without a point" if name == "skip" else f"of kind {self.kind}"
+                raise ValueError(f"{name} says nothing of a fault {owner}; leave it out")
         return self
 
     def is_at(self, call: IOCall) -> bool:
@@ -117,17 +129,17 @@ class Fault(BaseModel):
         when = f"at {self.at_s:.2f} s" if self.at_s is not None else f"after round {self.after_round}"
         when = f"{self.point} (skip {self.skip})" if self.point else when
         more = {"bad_payload": f" {self.how}", "slow": f" x{self.factor:g}"}.get(self.kind, "")
-        lasts = f" for {self.for_s:.1f} s" if self.kind not in ("kill", "usurp", "bad_payload", "refuse") else ""
+        lasts = f" for {self.for_s:.1f} s" if "for_s" in OWN_FIELDS.get(self.kind, ()) else ""
         return f"{self.kind}{more} {self.who} {when}{lasts}"
 
 
 class Chance(BaseModel):
     """Faults drawn for each seed: how many, which, and until when."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
-    faults: tuple[int, int] = (0, 0)
-    kinds: tuple[Kind, ...] = get_args(Kind)
+    faults: LeastAndMost[int] = (0, 0)
+    kinds: tuple[Kind, ...] = Field(get_args(Kind), min_length=1)
     until_s: float = Field(20.0, gt=0)
 
     def draw(self, rng: random.Random, islands: int) -> list[Fault]:
@@ -136,7 +148,9 @@ class Chance(BaseModel):
     def _one(self, rng: random.Random, islands: int) -> Fault:
         kind = rng.choice(self.kinds)
         island = island_name(rng.randrange(islands))
-        body: dict[str, Any] = {"kind": kind, "who": island, "for_s": rng.choice([1.0, 8.0, 30.0, 100.0])}
+        body: dict[str, Any] = {"kind": kind, "who": island}
+        for_s = rng.choice([1.0, 8.0, 30.0, 100.0])
+        body |= {"for_s": for_s} if "for_s" in OWN_FIELDS.get(kind, ()) else {}
         if kind in ("kill", "freeze"):
             body["who"] = rng.choice([island, island, "coordinator", "everything" if kind == "kill" else "coordinator"])
         elif kind in ("full", "sluggish", "refuse"):
@@ -168,18 +182,20 @@ POINTS = tuple(
 
 
 class Scenario(BaseModel):
-    """may_fail: the run may end as failed, with a reason; else it has to succeed however long the story was."""
+    """variants: on top of the recipe, one of them drawn for each seed. may_fail: the run may end as failed, with a
+    reason; else it has to succeed however long the story was. longest_s: of virtual time; what is not over then hangs.
+    """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
     about: str = ""
     recipe: dict[str, Any] = {}
-    variants: tuple[dict[str, Any], ...] = ({},)  # on top of the recipe: one of them, drawn for each seed
+    variants: tuple[dict[str, Any], ...] = Field(({},), min_length=1)
     network: NetworkSettings = Field(default_factory=lambda: NetworkSettings.model_validate({}))
     faults: tuple[Fault, ...] = ()
     chance: Chance = Field(default_factory=lambda: Chance.model_validate({}))
     may_fail: bool = False
-    longest_s: float = Field(7200.0, gt=0)  # of virtual time: a story that is not over by then hangs
+    longest_s: float = Field(7200.0, gt=0, le=1e6)
 
     def recipe_of(self, seed: int) -> dict[str, Any]:
         return merged(self.recipe, random.Random(f"recipe {seed}").choice(self.variants))
@@ -187,8 +203,11 @@ class Scenario(BaseModel):
 
 @dataclass(frozen=True)
 class Named:
+    """given: what the command line calls it, where that is not its name: the path of a file."""
+
     name: str
     scenario: Scenario
+    given: str = ""
 
 
 def scenarios(which: str) -> list[Named]:
@@ -203,26 +222,50 @@ def scenarios(which: str) -> list[Named]:
         raise ConfigError(
             f"no scenario {which!r}", where="SCENARIO", remedy=f"a file, all, or one of {', '.join(known)}"
         )
-    return [Named(Path(which).stem, _parse(Path(which).read_text(encoding="utf-8"), which))]
+    try:
+        text = Path(which).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"not to be read: {error}", where=which, remedy="give a YAML file in UTF-8") from error
+    return [Named(Path(which).stem, _parse(text, which), which)]
 
 
 def _parse(text: str, where: str) -> Scenario:
     try:
         scenario = Scenario.model_validate(yaml.safe_load(text) or {})
-    except (ValidationError, yaml.YAMLError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        field = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{field}: {first['msg']}", where=where, remedy="see docs/reliability.md") from error
-    _check_who(scenario, where)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML: {error}", where=where, remedy="mend the line named above") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        what, _, remedy = first["msg"].removeprefix("Value error, ").partition("; ")
+        given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
+        what = f"{'.'.join(map(str, first['loc'])) or 'a scenario'}: {what}{given}"
+        few = "leave it out, or name one at least" if first["type"] == "too_short" else ""
+        remedy = remedy or few or 'docs/reliability.md, "The fault matrix", says what a scenario may have'
+        raise ConfigError(what, where=where, remedy=remedy) from error
+    _check(scenario, where)
     return scenario
 
 
-def _check_who(scenario: Scenario, where: str) -> None:
-    """Every fault has somebody to strike, whichever variant is drawn."""
-    recipes = [merged(merged(BASE, scenario.recipe), variant) for variant in scenario.variants]
-    most = [recipe["islands"][-1] if isinstance(recipe["islands"], list) else recipe["islands"] for recipe in recipes]
-    known = min((number for number in most if isinstance(number, int)), default=0)
-    islands = [island_name(number) for number in range(known)]
+def _check(scenario: Scenario, where: str) -> None:
+    """Whichever variant is drawn: it is the recipe of a run that a story can be told of, and long enough for it, and
+    every fault has somebody to strike."""
+    num_islands: list[int] = []
+    for number, variant in enumerate(scenario.variants):
+        place = f"{where}: recipe{f' with variants.{number}' if variant else ''}"
+        try:
+            config = RunConfig.from_dict({"name": "story", **merged(merged(BASE, scenario.recipe), variant)})
+        except ConfigError as error:
+            raise ConfigError(error.what, where=f"{place} {error.where}".rstrip(), remedy=error.remedy) from error
+        ranks, outside = config.inner.ranks, config.cluster.external_islands
+        if ranks > 1 or outside:
+            remedy = "leave both out: a simulated island is one process, and all of them share one Ray"
+            what = f"inner.ranks={ranks}, cluster.external_islands={outside}"
+            raise ConfigError(what, where=place, remedy=remedy)
+        if scenario.longest_s < (calm_s := config.num_inner_steps * STEP_S):
+            what = f"longest_s: {scenario.longest_s:g} s, and {config.num_inner_steps} inner steps take {calm_s:g} s"
+            raise ConfigError(what, where=place, remedy="choose a multiple of that, or fewer rounds")
+        num_islands.append(config.max_islands)
+    islands = [island_name(number) for number in range(min(num_islands))]
     for number, fault in enumerate(scenario.faults):
         others = OTHERS.get(fault.kind, ())
         there_are = others if others == ("storage",) else (*islands, *others)
@@ -233,8 +276,8 @@ def _check_who(scenario: Scenario, where: str) -> None:
 
 def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     """Section by section."""
-    both = {key: merged(base[key], more[key]) for key in base.keys() & more.keys() if isinstance(more[key], dict)}
-    return {**base, **more, **both}
+    shared = [key for key in base.keys() & more.keys() if isinstance(base[key], dict) and isinstance(more[key], dict)]
+    return {**base, **more, **{key: merged(base[key], more[key]) for key in shared}}
 
 
 def of_these(faults: Sequence[Fault], which: Sequence[int] | None) -> list[Fault]:

@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,20 @@ def _tell(task: tuple[Named, Sequence[int]]) -> list[Story]:
     return [_teller.tell(task[0], seed) for seed in task[1]]
 
 
+def as_json(story: Story) -> dict[str, Any]:
+    """A story as `Tally.to_dict` tells of many; its trace by the digest alone."""
+    return {
+        "faults": [str(fault) for fault in story.faults],
+        "struck": story.num_struck,
+        "outer_steps": story.outer_steps,
+        "contributions": story.contributions,
+        "virtual_s": round(story.virtual_s),
+        "messages": story.messages,
+        "problem": story.problem,
+        "trace_sha256": story.trace_sha256,
+    }
+
+
 def fault_numbers(text: str | None, seed: int | None) -> list[int] | None:
     """Those of `--faults`, such as 0,2, or none; None where it is not given. ConfigError where it cannot be meant."""
     if text is None:
@@ -161,7 +176,8 @@ def explain(named: Sequence[Named], tallies: dict[str, Tally], say: Callable[[st
             for line in shortest.trace[-LAST_LINES:]:
                 say(f"  {line}")
             faults = ",".join(map(str, which)) or "none"
-            say(f"again: diloco-ray simulate {one.name} --seed {story.seed} --faults {faults}")
+            again = shlex.quote(one.given or one.name)
+            say(f"again: diloco-ray simulate {again} --seed {story.seed} --faults {faults}")
             return
 
 

@@ -23,7 +23,7 @@ def test_a_run_gets_over_a_storm_and_the_command_proves_it(tiny: dict[str, Any],
         "evaluation": {**tiny["evaluation"], "every_rounds": 100},
         "cluster": {**tiny["cluster"], "max_island_failures": 100},
     }
-    report = tmp_path / "report.json"
+    report = tmp_path / "reports" / "storm.json"
     storm = ["--kills-per-hour", "1800", "--minutes", "0.1", "--seed", "67", "--json", str(report)]
     command = [*CLI, "chaos", str(write_recipe(tmp_path, recipe)), *storm]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)

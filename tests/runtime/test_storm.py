@@ -1,7 +1,11 @@
 """A storm, on paper: its schedule, what counts as noticed and as over, and sequences that were committed twice."""
 
+import json
+import math
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,12 +13,15 @@ from typing import Any
 
 import pytest
 
+from diloco_ray.cli import main
 from diloco_ray.config import RunConfig
 from diloco_ray.coordination.messages import DataRange, Share
-from diloco_ray.errors import ConfigError
+from diloco_ray.errors import ConfigError, StoreError
 from diloco_ray.log.record import Record
+from diloco_ray.runtime import chaos
 from diloco_ray.runtime.chaos import num_doubled, run_chaos, tokens_per_s, tokens_per_s_between
 from diloco_ray.runtime.storm import SHARES, Fault, Planned, Storm, schedule, start_of
+from tests.processes import write_recipe
 
 
 def test_a_storm_has_as_many_faults_as_its_rate_says_and_is_the_same_for_the_same_seed() -> None:
@@ -153,6 +160,93 @@ def test_a_storm_for_islands_of_several_ranks_or_from_outside_is_refused_before_
         config = RunConfig.from_dict(tiny, overrides)
         with pytest.raises(ConfigError, match=r"set inner\.ranks=1 and cluster\.external_islands=0"):
             run_chaos(config, 60.0, 1.0, 0, print)
+
+
+@pytest.mark.parametrize(("per_hour", "minutes"), [(1.0, 15.0), (60.0, 0.1), (60.0, 0.5), (600.0, math.inf)])
+def test_a_storm_without_a_fault_is_refused_before_ray_is_started(
+    per_hour: float, minutes: float, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would be said to have been withstood."""
+    monkeypatch.setattr(chaos, "connected", started)
+    with pytest.raises(ConfigError, match=r"that is no storm\n.+\n.+one fault takes --minutes "):
+        run_chaos(RunConfig.from_dict(tiny), per_hour, minutes, 0, print)
+    with pytest.raises(AssertionError, match="Ray was started"):  # where one fault is planned
+        run_chaos(RunConfig.from_dict(tiny), 4.0, 15.0, 0, print)
+
+
+def started(*arguments: Any, **options: Any) -> Any:
+    raise AssertionError("Ray was started")
+
+
+@pytest.fixture
+def stormed(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command's exit code, in this process."""
+    recipe = write_recipe(tmp_path, tiny)
+
+    def run(*options: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["diloco-ray", "chaos", str(recipe), *options])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code
+
+    return run
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_ray_is_started(
+    stormed: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chaos, "connected", started)
+    (tmp_path / "a file").touch()
+    to = tmp_path / "a file" / "storm.json"
+    assert stormed("--json", str(to)) == ConfigError.exit_code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"error: {to} cannot be written: Not a directory\n  where: --json" in printed.err
+    to = tmp_path / "new" / "storm.json"
+    assert stormed("--kills-per-hour", "1", "--json", str(to)) == ConfigError.exit_code
+    assert "that is no storm" in capsys.readouterr().err
+    assert not to.exists()
+
+
+def of_no_faults(*arguments: Any) -> dict[str, Any]:
+    """A report such as a storm gives."""
+    nothing = {"hit": 0, "missed": 0, "detection_s": None, "recovery_s": None, "not_recovered": 0}
+    return {
+        "ok": True,
+        "invariants": {"the run succeeded": True},
+        "seconds": 60.0,
+        "faults": {"hit": 0, "missed": 0, "by_kind": dict.fromkeys(SHARES, nothing)},
+        "outer_steps": 4,
+        "contributions": {"alive": {"mean": 3.0, "least": 3}},
+        "goodput": {
+            "calm_tokens_per_s": 2.0,
+            "storm_tokens_per_s": 1.0,
+            "between_faults_tokens_per_s": None,
+            "ratio": 0.5,
+            "ratio_to_between_faults": None,
+        },
+        "loss": {"calm": 2.0, "storm": 2.0, "difference": 0.0},
+        "tokens": {"leased": 8, "committed": 8},
+        "verify": {"problems": []},
+    }
+
+
+def test_the_report_is_printed_and_then_written(
+    stormed: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that it is known though its folder has gone meanwhile. Without a storm, which `test_chaos` has."""
+    to = tmp_path / "new" / "storm.json"
+    monkeypatch.setattr(chaos, "run_chaos", of_no_faults)
+    assert stormed("--json", str(to)) == 0
+    assert json.loads(to.read_text()) == of_no_faults()
+    told = capsys.readouterr().out
+    assert "held: the run succeeded" in told
+    monkeypatch.setattr(chaos, "run_chaos", lambda *arguments: shutil.rmtree(to.parent) or of_no_faults())
+    assert stormed("--json", str(to)) == StoreError.exit_code
+    printed = capsys.readouterr()
+    assert printed.out == told
+    assert f"error: {to} cannot be written: No such file or directory" in printed.err
 
 
 def test_the_pace_between_faults_leaves_out_what_a_fault_touched_and_the_round_after() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,16 @@ from diloco_ray.simulation.simulate import Teller, simulate
 from tests.simulation.test_planted_bugs import drop_a_lease
 
 COMMAND = (sys.executable, "-m", "diloco_ray.cli", "simulate")
+ONE_KILL = "faults: [{kill: island-00, at_s: 4}]\nnetwork: {loss: 0}\n"
+
+
+def simulated(patch: pytest.MonkeyPatch, *words: str) -> int:
+    """The command's exit code, told in this process; `main` prints what it prints."""
+    patch.setattr(sys, "argv", ["diloco-ray", "simulate", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +143,60 @@ def test_failures_are_counted_and_end_the_command_with_one(
 def test_the_command_writes_what_it_found(tmp_path: Path) -> None:
     scenario = tmp_path / "mine.yaml"
     scenario.write_text("recipe: {rounds: 2}\nfaults: [{kill: everything, at_s: 3}]\n")
-    command = [*COMMAND, str(scenario), "--seeds", "4", "--workers", "2", "--json", str(tmp_path / "found.json")]
+    to = tmp_path / "runs" / "of today" / "found.json"
+    command = [*COMMAND, str(scenario), "--seeds", "4", "--workers", "2", "--json", str(to)]
     told = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert told.returncode == 0, told.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = json.loads(to.read_text())
     assert (found["ok"], found["stories"], found["scenarios"]["mine"]["faults"]) == (True, 4, 4)
+
+
+def test_the_command_that_is_printed_tells_the_same_story_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a user's own file, whose path a shell would take apart; and what one story's file says of it."""
+    drop_a_lease(monkeypatch)
+    folder = tmp_path / "my own"
+    folder.mkdir()
+    (folder / "one kill.yaml").write_text(ONE_KILL)
+    monkeypatch.chdir(tmp_path)
+    assert simulated(monkeypatch, "my own/one kill.yaml", "--seeds", "1", "--workers", "1") == 1
+    printed = capsys.readouterr().out
+    [problem] = re.findall(r"^one kill, seed 0: (I9.+)$", printed.split("1 failed\n")[1], re.MULTILINE)
+    [again] = re.findall(r"^again: diloco-ray simulate (.+)$", printed, re.MULTILINE)
+    assert simulated(monkeypatch, *shlex.split(again), "--json", "told/story.json") == 1
+    *trace, sha256, told = capsys.readouterr().out.splitlines()
+    assert told == problem
+    found = json.loads((tmp_path / "told" / "story.json").read_text())
+    story = found["scenarios"]["one kill"]
+    assert (found["ok"], found["seed"], story["problem"]) == (False, 0, problem)
+    assert sha256 == f"trace {story['trace_sha256']}"
+    assert (story["faults"], story["struck"]) == (["kill island-00 at 4.00 s"], 1)
+    assert any(line.endswith("fault: kill island-00 at 4.00 s") for line in trace)
+
+
+@pytest.mark.parametrize("options", [["--seeds", "1", "--workers", "1"], ["--seed", "0"]], ids=" ".join)
+@pytest.mark.parametrize("to", ["a file/found.json", "a folder"])
+def test_a_result_that_cannot_be_written_is_refused_before_anything_is_played(
+    options: list[str], to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a file").touch()
+    (tmp_path / "a folder").mkdir()
+    assert simulated(monkeypatch, "calm", *options, "--json", str(tmp_path / to)) == ConfigError.exit_code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"error: {tmp_path / to} cannot be written: " in printed.err
+    assert "where: --json" in printed.err
+
+
+@pytest.mark.parametrize("many", [["--seeds", "100"], ["--first-seed", "0"], ["--workers", "1"]], ids=" ".join)
+def test_one_story_and_many_are_not_asked_for_together(
+    many: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert simulated(monkeypatch, "calm", "--seed", "3", *many) == ConfigError.exit_code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"error: --seed 3 with {many[0]}: it tells one story" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -152,16 +212,48 @@ def test_the_command_writes_what_it_found(tmp_path: Path) -> None:
         ("faults: [{kill: island-02, at_s: 3}]\nvariants: [{}, {islands: 2}]", ["kill of island-02", "island-01"]),
         ("faults: [{cut: coordinator, at_s: 3}]", ["cut of coordinator"]),
         ("faults: [{full: island-00, at_s: 3}]", ["full of island-00", "name one of storage"]),
+        ("faults: [{freeze: island-01, at_s: 3, for_s: .inf}]", ["faults.0.for_s", "finite"]),
+        ("faults: [{slow: island-01, at_s: 3, factor: .nan}]", ["faults.0.factor", "finite"]),
+        ("faults: [{kill: island-01, at_s: 3, for_s: 9}]", ["faults.0", "for_s says nothing of a fault of kind kill"]),
+        ("faults: [{cut: island-01, at_s: 3, how: zero}]", ["faults.0", "how says nothing of a fault of kind cut"]),
+        ("faults: [{kill: island-01, at_s: 3, skip: 2}]", ["faults.0", "skip says nothing of a fault without a point"]),
+        ("chance: {faults: [4, 1]}", ["chance.faults", "[4, 1]", "the smaller one first"]),
+        ("chance: {faults: [-3, -1]}", ["chance.faults", "[-3, -1]", "two numbers from 0 on"]),
+        ("chance: {faults: [1]}", ["chance.faults.1", "required"]),
+        ("chance: {kinds: []}", ["chance.kinds", "leave it out, or name one at least"]),
+        ("chance: {until_s: .inf}", ["chance.until_s", "finite"]),
+        ("network: {delay_s: [-1, 2]}", ["network.delay_s", "[-1, 2]", "two numbers from 0 on"]),
+        ("network: {delay_s: [2, 1]}", ["network.delay_s", "[2, 1]", "the smaller one first"]),
+        ("network: {delay_s: [0.1, .nan]}", ["network.delay_s.1", "finite"]),
+        ("network: {bytes_per_s: .inf}", ["network.bytes_per_s", "finite"]),
+        ("variants: []", ["variants", "leave it out, or name one at least"]),
+        ("recipe: {islands: []}", ["islands", "mine.yaml: recipe"]),
+        ("recipe: {islands: {least: 1}}", ["islands", "a whole number such as 4"]),
+        ("recipe: {sync: {preset: dilocco}}", ["mine.yaml: recipe sync.preset", "did you mean diloco?"]),
+        ("recipe: {data: 3}", ["data: ", "write data as a section"]),
+        ("variants: [{}, {rounds: 0}]", ["rounds", "mine.yaml: recipe with variants.1", "at least 1"]),
+        ("recipe: {inner: {ranks: 2}}", ["inner.ranks=2", "mine.yaml: recipe", "leave both out"]),
+        ("variants: [{cluster: {external_islands: 2}}]", ["cluster.external_islands=2", "variants.0"]),
+        ("longest_s: .nan", ["longest_s", "finite"]),
+        ("longest_s: .inf", ["longest_s", "finite"]),
+        ("longest_s: 1.0e+18", ["longest_s", "less than or equal to 1000000"]),
+        ("longest_s: 14", ["longest_s: 14 s, and 10 inner steps take 15 s", "mine.yaml: recipe"]),
+        ("variants: [{}, {rounds: 3000}]", ["longest_s: 7200 s, and 6000 inner steps", "variants.1"]),
         ("nonsense: 1", ["nonsense"]),
-        ("a: [", ["mine.yaml"]),
+        ("- nonsense", ["a scenario", "nonsense"]),
+        ("a: [", ["not YAML"]),
+        ("about: \xff", ["utf-8", "give a YAML file in UTF-8"]),
     ],
 )
-def test_a_scenario_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, words: list[str]) -> None:
+def test_a_scenario_that_cannot_be_meant_is_refused(
+    tmp_path: Path, text: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError) as caught:
-        scenarios(str(path))
-    assert all(word in str(caught.value) for word in words), caught.value
+    path.write_text(text, encoding="latin-1")
+    assert simulated(monkeypatch, str(path), "--seeds", "1", "--workers", "1") == ConfigError.exit_code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert all(word in printed.err for word in [*words, f"where: {path}", "what to do: "]), printed.err
 
 
 def test_an_unknown_name_is_refused_with_those_there_are() -> None:
@@ -182,10 +274,7 @@ def test_faults_that_cannot_be_meant_are_refused(
 ) -> None:
     scenario = tmp_path / "mine.yaml"
     scenario.write_text("faults: [{kill: island-01, at_s: 3}, {kill: island-02, at_s: 3}]")
-    monkeypatch.setattr(sys, "argv", ["diloco-ray", "simulate", str(scenario), *options])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == ConfigError.exit_code
+    assert simulated(monkeypatch, str(scenario), *options) == ConfigError.exit_code
     assert f"error: {words}" in capsys.readouterr().err
 
 
