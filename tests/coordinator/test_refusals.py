@@ -4,7 +4,6 @@ import gzip
 import json
 import math
 import pickle
-import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +13,12 @@ import pytest
 import torch
 
 from diloco_ray.coordination.messages import Contribution, InnerPlan, Verdict
+from diloco_ray.coordinator.coordinator import Coordinator
 from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.ids import canonical_json, sha256_hex
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.protocol import Beat
+from tests.memory import measured
 from tests.small_run import METRICS, SHAPES, Life, SmallIsland, begun, join_all, records, restored, small_job
 
 Sent = tuple[Contribution, np.ndarray]
@@ -127,6 +128,7 @@ TABLE: dict[str, Row] = {
     "with a tensor more": Row(
         lambda r: of_values(r, lambda values: torch.cat([values, values[:176]])), "schema: 5568 bytes", True
     ),
+    "a gigabyte": Row(lambda r: sent(r, payload_bytes=10**9), "schema: 1000000000 bytes of float32 where", True),
     "a terabyte": Row(lambda r: sent(r, payload_bytes=10**12), "schema: 1000000000000 bytes of float32 where", True),
     "less than nothing": Row(lambda r: sent(r, payload_bytes=-1), "schema: -1 bytes of float32 where 4864", True),
     "another codec": Row(lambda r: sent(r, codec="int4"), "schema: 4864 bytes of int4 where 4864 bytes of", True),
@@ -184,11 +186,9 @@ def test_every_bad_contribution_is_refused_with_its_reason_or_counts_once_and_th
     row, life, bad = TABLE[name], room.life, room.bad
     plan = life.plan_of(bad)
     header, payload = row.make(room)
-    tracemalloc.start()
-    verdicts = [life.submit(header, payload)]
-    peak_bytes = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak_bytes < 200_000, "it costs as much memory as it claims to have"
+    with measured() as cost:
+        verdicts = [life.submit(header, payload)]
+    cost.assert_at_most(200_000)
     account = life.coordinator.state.ledger.account()
     if row.reason:
         assert (verdicts[0].status, verdicts[0].reason[: len(row.reason)]) == ("rejected", row.reason)
@@ -213,6 +213,29 @@ def test_every_bad_contribution_is_refused_with_its_reason_or_counts_once_and_th
     json.loads(canonical_json(life.coordinator.report.status(life.coordinator.state)))
     room.one_round()
     assert life.coordinator.state.phase == "succeeded"
+
+
+@pytest.mark.parametrize("make", [torch.empty, torch.zeros], ids=["untouched", "touched"])
+def test_memory_of_the_claimed_size_would_be_noticed(
+    room: Room, make: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were there a tensor of that size, which Python's own account of its memory does not have."""
+    submit = Coordinator.submit
+
+    def planted(self: Coordinator, contribution: Contribution, payload: np.ndarray) -> Verdict:
+        make(contribution.payload_bytes, dtype=torch.uint8)
+        return submit(self, contribution, payload)
+
+    monkeypatch.setattr(Coordinator, "submit", planted)
+    header, payload = sent(room, payload_bytes=10**9)
+    with measured() as cost:
+        room.life.submit(header, payload)
+    assert cost.traced_bytes < 200_000
+    assert cost.tensor_bytes == 10**9
+    if make is torch.zeros and cost.resident_bytes is not None:
+        assert cost.resident_bytes > 0.9 * 10**9
+    with pytest.raises(AssertionError, match="it costs the memory that it claims"):
+        cost.assert_at_most(200_000)
 
 
 def test_three_bad_payloads_in_a_row_bar_the_island_and_the_others_go_on(room: Room) -> None:
