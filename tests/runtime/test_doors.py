@@ -198,14 +198,15 @@ def test_the_jobs_of_a_run_across_clusters_train_where_each_cluster_wants_a_toke
         train = ["jobs/train.py", str(recipe), "--islands", "external"]
         coordinator = submitted(train, here, tmp_path / "coordinator.log")
         wait_for((run / "run.json").exists, "the run has begun", coordinator)
-        monkeypatch.setenv("DILOCO_RAY_TOKEN", create_token(str(run), "eu-1"))
+        token = create_token(str(run), "eu-1")
+        monkeypatch.setenv("DILOCO_RAY_TOKEN", token)
         monkeypatch.delenv("DILOCO_RAY_SECRET")  # which the island's cluster has not
         with head_node(1) as (there, rays):
             job = submitted(island, there, tmp_path / "island.log")
             commands = [*SUBMIT, *island], [*CLI, "join", *island[1:]]
             refused = [run_as_stranger(words, there, tmp_path) for words in commands]
             assert "the run is over" in job.wait_for_end()
-            assert places_of(secret, rays, run) == []
+            assert places_of(secret, rays, run) == places_of(token, rays, run) == []
         assert "succeeded" in coordinator.wait_for_end()
     assert "replay bit-equal" in cli("verify", str(run))
     assert_refused(*refused)
