@@ -13,7 +13,8 @@ from diloco_ray.simulation.scenario import BadPayload
 from diloco_ray.transport.protocol import Bytes
 
 Sent = tuple[Contribution, Bytes]
-HUGE = 2.0**20  # well above `sync.max_norm_ratio`, and a norm that is a number yet
+# Refused for its norm, which is over `sync.max_norm_ratio`; got over where a fragment had no norm to compare it with.
+HUGE = 2.0**10
 PICKLED = b"cposix\nsystem\n(S'echo a pickle was loaded'\ntR."
 
 
