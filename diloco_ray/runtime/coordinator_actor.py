@@ -47,6 +47,7 @@ class CoordinatorActor:
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="reads")  # the clock never waits for these
         holder = f"pid {os.getpid()} on {ray.util.get_node_ip_address()}"
         self._coordinator = Coordinator(self._store, job, later=self._run_later, holder=holder, pid=os.getpid())
+        self._snapshots: dict[bool, asyncio.Future[ray.ObjectRef[SnapshotState]]] = {}  # being read
         self._changed = asyncio.Event()
         self._clock: asyncio.Task[None] | None = None
         self._office: OfficeThread | None = None
@@ -89,8 +90,18 @@ class CoordinatorActor:
     async def measured(self) -> set[int]:
         return self._coordinator.measured()
 
-    async def snapshot(self, first: bool) -> SnapshotState:
-        return await asyncio.get_running_loop().run_in_executor(self._reads, self._coordinator.snapshot, first)
+    async def snapshot(self, first: bool) -> "ray.ObjectRef[SnapshotState]":
+        """One object of one read for all who ask meanwhile, those who gave up waiting and ask again among them.
+
+        It is this process's, and gone with the last of them.
+        """
+        reading = self._snapshots.get(first)
+        if reading is None:
+            loop = asyncio.get_running_loop()
+            reading = loop.run_in_executor(self._reads, lambda: ray.put(self._coordinator.snapshot(first)))
+            reading.add_done_callback(lambda _: self._snapshots.pop(first))
+            self._snapshots[first] = reading
+        return await asyncio.shield(reading)
 
     async def leave(self, island: str, incarnation: int, reason: str) -> None:
         self._heard(self._coordinator.leave(island, incarnation, reason))

@@ -16,7 +16,7 @@ from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.errors import FencedError, StoreError
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.post_office import PostOffice
-from diloco_ray.transport.protocol import Beat, Bytes, Hello, Order, SnapshotState, Tidings, Welcome
+from diloco_ray.transport.protocol import Beat, Bytes, Hello, Order, Tidings, Welcome
 from diloco_ray.transport.tokens import KeyRing
 
 DOOR_TIMEOUT_S = 90.0  # over the coordinator's own time-outs
@@ -103,9 +103,6 @@ class _DoorsOfALoop:
 
     def news(self, island: str, incarnation: int, after: int, held: str) -> Tidings | None:
         return self._knock(self._coordinator.news, island, incarnation, after, held)
-
-    def snapshot(self, first: bool) -> SnapshotState:
-        return self._knock(self._actor.snapshot, first)
 
     def leave(self, island: str, incarnation: int, reason: str) -> None:
         self._knock(self._actor.leave, island, incarnation, reason)

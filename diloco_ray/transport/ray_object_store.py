@@ -1,8 +1,9 @@
 """The way for islands that are nodes of one Ray cluster: calls to the coordinator's actor.
 
 Payloads are flat uint8 arrays, top-level arguments: Ray ships them through its object store without pickling a copy.
-The coordinator answers when its own process holds them. A call that failed may have run; it is made again, with the
-same content, until the deadline.
+The coordinator answers when its own process holds them. A snapshot is an object of the coordinator's, one for all who
+ask while it is read: what it answers is a reference. A call that failed may have run; it is made again, with the same
+content, until the deadline.
 """
 
 import sys
@@ -17,6 +18,7 @@ from diloco_ray.transport.calls import WITH_TENSORS, CallingTransport
 
 CALL_S = 60.0  # the first attempt; an answer that takes longer is asked for again
 PAUSE_S = 0.2
+GONE = (exceptions.RayActorError, exceptions.ObjectLostError)  # the coordinator, or what lay in its memory
 NO_ROOM = (exceptions.ObjectStoreFullError, exceptions.OutOfDiskError)
 
 
@@ -34,8 +36,9 @@ class RayTransport(CallingTransport):
         until, attempt_s, is_told = time.monotonic() + self._deadline_s, CALL_S, False
         while True:
             try:
-                return ray.get(getattr(self._coordinator, method).remote(*arguments), timeout=attempt_s + wait_s)
-            except (*NO_ROOM, exceptions.RayActorError, exceptions.GetTimeoutError) as error:
+                answer = ray.get(getattr(self._coordinator, method).remote(*arguments), timeout=attempt_s + wait_s)
+                return ray.get(answer, timeout=attempt_s) if isinstance(answer, ray.ObjectRef) else answer
+            except (*NO_ROOM, *GONE, exceptions.GetTimeoutError) as error:
                 if method in WITH_TENSORS and isinstance(error, exceptions.GetTimeoutError):
                     attempt_s *= 2
                 trouble, remedy = f"the coordinator did not answer '{method}'", "look at the coordinator's log"

@@ -1,6 +1,7 @@
 """One contract, kept by every way between islands and coordinator."""
 
 import contextlib
+import os
 import shutil
 import tempfile
 import threading
@@ -17,7 +18,7 @@ from diloco_ray.algorithm.codecs import get_codec
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination.messages import InnerPlan, Verdict
 from diloco_ray.coordinator.coordinator import Coordinator
-from diloco_ray.errors import DeadlineError, RunMismatchError
+from diloco_ray.errors import CorruptionError, DeadlineError, RunMismatchError
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.follower import Follower
 from diloco_ray.transport.in_memory import InMemoryTransport
@@ -374,6 +375,60 @@ def test_over_ray_a_dead_coordinator_is_waited_for_until_the_deadline_and_named(
     wait_until_gone(actor)
     with pytest.raises(DeadlineError, match=r"did not answer 'measured' for 0\.5 s"):
         RayTransport(actor, 0.5).measured()
+
+
+@pytest.mark.ray
+def test_over_ray_all_who_ask_while_a_snapshot_is_read_get_one_object_of_one_read(
+    request: pytest.FixtureRequest, folder: RunStore
+) -> None:
+    """Those who gave up and ask again too: else reads for nobody pile up before theirs. A pipe is read once."""
+    import ray
+
+    path = Path(folder.url) / "snapshots" / "00000000" / "fragment-000.safetensors"
+    data = path.read_bytes()
+    with opened("ray", folder, request) as line:
+        actor = line._coordinator  # type: ignore[attr-defined]
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(ray.exceptions.GetTimeoutError):
+            ray.get(actor.snapshot.remote(False), timeout=0.2)
+        asked = [actor.snapshot.remote(False) for _ in range(8)]
+        assert line.measured() == set()  # answered after the others were asked
+        path.write_bytes(data)
+        given = ray.get(asked, timeout=PATIENCE_S)
+        assert len(set(given)) == 1
+        assert ray.get(given[0], timeout=PATIENCE_S).index == 0
+        path.unlink()
+        path.write_bytes(data)
+        later = ray.get(actor.snapshot.remote(False), timeout=PATIENCE_S)
+        assert later != given[0]  # nobody keeps it
+        path.write_bytes(data[:-1])
+        for _ in range(2):
+            with pytest.raises(CorruptionError, match="sha256"):
+                line.snapshot()
+        path.write_bytes(data)
+        assert same_state(follower_of(line).replica, restored(folder, JOB))
+
+
+@pytest.mark.ray
+def test_over_ray_a_snapshot_that_went_with_its_coordinator_is_asked_for_again(
+    request: pytest.FixtureRequest, folder: RunStore
+) -> None:
+    request.getfixturevalue("cluster")
+    import ray
+
+    from diloco_ray.runtime.coordinator_actor import CoordinatorActor
+    from diloco_ray.transport.ray_object_store import RayTransport
+
+    dead = CoordinatorActor.remote(folder.url, JOB)
+    answers = [ray.get(dead.snapshot.remote(False), timeout=PATIENCE_S)]
+    ray.kill(dead, no_restart=True)
+    wait_until_gone(dead)
+    with opened("ray", folder, request) as line:
+        actor = line._coordinator  # type: ignore[attr-defined]
+        answer = SimpleNamespace(remote=lambda first: answers.pop() if answers else actor.snapshot.remote(first))
+        assert RayTransport(SimpleNamespace(snapshot=answer), PATIENCE_S).snapshot().index == 0
+    assert answers == []
 
 
 class CrowdedStore:
