@@ -44,10 +44,10 @@ class Feed:
 
     def snapshot(self, first: bool) -> SnapshotState:
         """The newest usable snapshot, or the first, read from the store: joiners need nobody's live memory."""
-        replica = self._new_replica()
-        indices = (
-            [0] if first else [index for index in list_snapshots(self._log.store) if index < len(self._log.records)]
-        )
-        records = self._log.records
-        index = load_newest(self._log.store, indices, replica, lambda index: records[index].digest())
+        store, records, replica = self._log.store, self._log.records, self._new_replica()
+
+        def listed() -> list[int]:
+            return [0] if first else [index for index in list_snapshots(store) if index < len(records)]
+
+        index = load_newest(store, listed, replica, lambda index: records[index].digest())
         return SnapshotState.of(index, records[index].round, replica)

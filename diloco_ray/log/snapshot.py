@@ -28,6 +28,7 @@ from diloco_ray.log.run_log import RunLog, check_sha256, record_path
 from diloco_ray.log.run_store import RunStore
 
 SNAPSHOTS = "snapshots"
+LISTINGS = 8  # by one reader; after so many it takes what is left, at worst the first, which is never pruned
 
 
 @dataclass(frozen=True)
@@ -120,19 +121,29 @@ def load_snapshot(store: RunStore, index: int, replica: Replica) -> str:
     return manifest.record
 
 
-def load_newest(store: RunStore, indices: Sequence[int], replica: Replica, digest_of: Callable[[int], str]) -> int:
-    """Fills the replica from the newest usable of these snapshots; returns which. digest_of: of the record of an index.
+def load_newest(
+    store: RunStore, listed: Callable[[], Sequence[int]], replica: Replica, digest_of: Callable[[int], str]
+) -> int:
+    """Fills the replica from the newest usable snapshot; returns which. digest_of: of the record of an index.
 
-    Errors as of `load_snapshot`, of the newest one.
+    listed: which there are now, ascending. It is asked again after each that is of no use: to a slow reader newer ones
+    may have come meanwhile, and the older ones of its list are gone. Errors as of `load_snapshot`, of the first tried.
     """
+    indices, useless = listed(), set[int]()
     first_error: CorruptionError | StoreError | None = None
-    for index in reversed(indices):
+    while left := [index for index in indices if index not in useless]:
+        index = left[-1]
         try:
             if load_snapshot(store, index, replica) == digest_of(index):
                 return index
+            what, where = f"the snapshot is not of record {index} of this log", store.url_of(manifest_path(index))
+            raise CorruptionError(what, where=where)
         except (CorruptionError, StoreError) as error:  # damaged, or pruned while it was read
             first_error = first_error or error
-    raise first_error or CorruptionError("no snapshot is of this log", where=store.url_of(SNAPSHOTS))
+        useless.add(index)
+        if len(useless) < LISTINGS:
+            indices = listed()
+    raise first_error or StoreError("there is no snapshot", where=store.url_of(SNAPSHOTS))
 
 
 def prune_snapshots(store: RunStore, keep: int) -> None:
@@ -157,17 +168,15 @@ def restore(store: RunStore, log: RunLog, replica: Replica, at: int | None = Non
     if not 0 <= last <= log.tail.index:
         remedy = f"choose 0 to {log.tail.index}"
         raise ConfigError(f"the log has no record {last}", where=store.url_of("log"), remedy=remedy)
-    first_error: StoreError | CorruptionError | None = None
-    for index in reversed([index for index in list_snapshots(store) if index <= last]):
-        try:
-            _load_of_log(store, log, index, replica)
-        except (StoreError, CorruptionError) as error:
-            first_error = first_error or error
-            continue
-        for record, payload in log.steps(index + 1, last + 1):
-            replay(record, payload, replica, store.url_of(record_path(record.index)))
-        return last
-    raise first_error or StoreError(f"no snapshot at or before record {last}", where=store.url_of(SNAPSHOTS))
+    index = load_newest(
+        store,
+        lambda: [index for index in list_snapshots(store) if index <= last],
+        replica,
+        lambda index: log.records[index].digest(),
+    )
+    for record, payload in log.steps(index + 1, last + 1):
+        replay(record, payload, replica, store.url_of(record_path(record.index)))
+    return last
 
 
 def replay(record: Record, payload: bytes, replica: Replica, where: str) -> None:
@@ -229,12 +238,6 @@ def _folder(index: int) -> str:
 
 def _folders(store: RunStore) -> list[int]:
     return [int(name) for name in store.list(SNAPSHOTS) if re.fullmatch(r"\d{8}", name)]
-
-
-def _load_of_log(store: RunStore, log: RunLog, index: int, replica: Replica) -> None:
-    if load_snapshot(store, index, replica) != log.records[index].digest():
-        where = store.url_of(manifest_path(index))
-        raise CorruptionError(f"the snapshot is not of record {index} of this log", where=where)
 
 
 def _tensors(data: bytes, where: str) -> dict[str, Tensor]:

@@ -88,8 +88,12 @@ class RunStoreTransport(CallingTransport):
         return self._patiently("read a snapshot", lambda: self._snapshot(first))
 
     def _snapshot(self, first: bool) -> SnapshotState:
-        replica, indices = self._new_replica(), [0] if first else list_snapshots(self._store)
-        index = load_newest(self._store, indices, replica, lambda index: self._record(index).digest())
+        store, replica = self._store, self._new_replica()
+
+        def listed() -> list[int]:
+            return [0] if first else list_snapshots(store)
+
+        index = load_newest(store, listed, replica, lambda index: self._record(index).digest())
         return SnapshotState.of(index, self._record(index).round, replica)
 
     def _record(self, index: int) -> Record:

@@ -11,6 +11,7 @@ from diloco_ray.coordinator import coordinator
 from diloco_ray.errors import FencedError, OvertakenError, StoreError
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.run_store import RunStore
+from diloco_ray.log.snapshot import list_snapshots
 from diloco_ray.simulation.storage import IOCall, TappedStore
 from diloco_ray.transport.protocol import Beat
 from tests.small_run import Life, SmallIsland, begun, files, join_all, records, restored, small_job
@@ -73,6 +74,30 @@ def test_that_there_are_old_records_is_told_without_a_look_at_the_store(store: R
     assert second.feed.recent_after(0) == ()
     with pytest.raises(StoreError):
         second.records_after(0)
+
+
+def test_a_joiner_is_not_sent_to_the_beginning_because_the_run_prunes_meanwhile(tmp_path: Path) -> None:
+    job = small_job(num_islands=1, num_rounds=20, snapshot_every_rounds=1)
+    is_overtaken = False
+
+    def overtake(call: IOCall) -> None:
+        nonlocal is_overtaken
+        if reading and not is_overtaken and call.path.endswith("fragment-000.safetensors"):
+            is_overtaken = True
+            for _ in range(5):
+                one_round(life, [island])
+
+    reading: list[bool] = []
+    store = begun(TappedStore(str(tmp_path / "run"), overtake), job)
+    life, island = Life(store, job), SmallIsland(0, job)
+    join_all(life.coordinator, [island])
+    for _ in range(5):
+        one_round(life, [island])
+    reading.append(True)
+    assert life.coordinator.snapshot().index == 10
+    assert list_snapshots(store) == [0, 8, 9, 10]
+    is_overtaken = False
+    assert life.coordinator.snapshot(first=True).index == 0
 
 
 def test_a_second_coordinator_fences_the_first_which_writes_nothing_more(store: RunStore, tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from diloco_ray.log.record import seal, unseal
 from diloco_ray.log.run_log import RunLog, record_path
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import (
+    LISTINGS,
     list_snapshots,
+    load_newest,
     load_snapshot,
     load_tensors,
     manifest_path,
@@ -27,6 +29,7 @@ from diloco_ray.log.snapshot import (
     save_snapshot,
     save_tensors,
 )
+from diloco_ray.simulation.storage import IOCall, TappedStore
 
 
 @pytest.fixture
@@ -175,6 +178,29 @@ def test_a_snapshot_being_written_is_not_pruned(run: ToyRun):
     run.store.write("snapshots/00000004/fragment-000.safetensors", b"left by a crash")
     prune_snapshots(run.store, 9)
     assert run.store.list("snapshots") == ["00000000", "00000003", "00000006", "00000008"]
+
+
+@pytest.mark.parametrize(("num_overtaken", "loaded"), [(1, 15), (2, 24), (30, 0)])
+def test_a_reader_whose_snapshots_are_pruned_goes_on_with_newer_ones_and_not_without_end(
+    run: ToyRun, num_overtaken: int, loaded: int
+):
+    """As long as one fragment is on its way the run takes nine steps, and keeps three snapshots."""
+    read: list[str] = []
+
+    def overtake(call: IOCall) -> None:
+        if (call.act, call.moment) == ("read", "before") and call.path.endswith("fragment-000.safetensors"):
+            read.append(call.path)
+            if len(read) <= num_overtaken and "00000000" not in call.path:
+                run.take_steps(9, snapshot_every=3)
+                prune_snapshots(run.store, 3)
+
+    slow, replica = TappedStore(run.store.url, overtake), fresh(run)
+    index = load_newest(slow, lambda: list_snapshots(slow), replica, lambda index: run.log.records[index].digest())
+    assert index == loaded
+    assert len(read) <= LISTINGS + 1
+    expected = fresh(run)
+    restore(run.store, run.log, expected, at=index)
+    assert bits(replica) == bits(expected)
 
 
 # ---- checkpoints ----

@@ -213,6 +213,30 @@ def test_a_notice_that_no_coordinator_wrote_is_an_error_with_the_files_name(room
         worker.hello()
 
 
+# ---- what is read of the log ----
+
+
+def test_a_joiner_whose_snapshot_is_pruned_while_it_is_read_takes_a_newer_one(time: VirtualTime) -> None:
+    room = new_room(time, num_rounds=20)
+    workers = [room.worker(0), room.worker(1)]
+    for worker in workers:
+        worker.hello()
+
+    def go_on_to(index: int) -> None:
+        while room.coordinator.state.index < index:
+            for worker in workers:
+                worker.turn()
+
+    def overtake(call: IOCall) -> None:
+        if call.path == "snapshots/00000008/fragment-000.safetensors":
+            go_on_to(16)
+
+    go_on_to(8)
+    line = room.worker(0, overtake).line
+    assert line.snapshot().index == 16
+    assert line.snapshot(first=True).index == 0
+
+
 # ---- how often the storage is asked ----
 
 
