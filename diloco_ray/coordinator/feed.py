@@ -10,10 +10,9 @@ from diloco_ray.algorithm.replica import Replica
 from diloco_ray.log.record import Record
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.snapshot import list_snapshots, load_newest
-from diloco_ray.transport.protocol import Bytes, LogStep, SnapshotState
+from diloco_ray.transport.protocol import ANSWER_BYTES, Bytes, LogStep, SnapshotState
 
 RECENT_BYTES = 512 * 1024**2  # payloads kept in memory; older ones are read from the store
-ANSWER_BYTES = 64 * 1024**2  # in one answer, but for its first record: no backlog makes one that never arrives
 
 
 class Feed:

@@ -15,6 +15,7 @@ from diloco_ray.coordination.messages import Contribution, InnerPlan, Verdict
 from diloco_ray.log.record import Record
 
 Bytes = np.ndarray  # (num_bytes,) uint8
+ANSWER_BYTES = 64 * 1024**2  # payloads in one answer, but for one record's: no backlog makes one that never arrives
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ class Doors(Protocol):
 class OpenDoors(Doors, Protocol):
     """Of a coordinator in the same process, which gives records and snapshots as well."""
 
-    def records_after(self, after: int) -> tuple[LogStep, ...]: ...
     def snapshot(self, first: bool) -> SnapshotState: ...
+    def records_after(self, after: int) -> tuple[LogStep, ...]: ...
 
 
 def told(doors: OpenDoors, island: str, incarnation: int, after: int, held: str) -> News | None:

@@ -21,7 +21,7 @@ from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination.messages import Contribution, Verdict
 from diloco_ray.errors import CorruptionError, DeadlineError, RunMismatchError, StoreError
 from diloco_ray.log.record import Record
-from diloco_ray.log.run_log import check_sha256, numbered, record_path
+from diloco_ray.log.run_log import check_sha256, record_path
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import list_snapshots, load_newest
 from diloco_ray.transport.calls import CallingTransport
@@ -38,11 +38,11 @@ from diloco_ray.transport.letters import (
     understood,
     write_letter,
 )
-from diloco_ray.transport.protocol import Bytes, LogStep, News, SnapshotState, Tidings, Welcome
+from diloco_ray.transport.protocol import ANSWER_BYTES, Bytes, LogStep, News, SnapshotState, Tidings, Welcome
 
 T = TypeVar("T")
 QUICKEST_S = 0.02  # between two looks, where the store is a folder
-RECORDS_AT_ONCE = 8  # that `follow` brings
+RECORDS_AT_ONCE = 8  # that `follow` brings, or less: see ANSWER_BYTES
 LOOKS = 5  # for an answer, and then one whether there can be one
 _NOTICE = TypeAdapter(Notice)
 
@@ -78,8 +78,9 @@ class RunStoreTransport(CallingTransport):
         """As the coordinator says; records come from the log, and a run is over for whoever has had them all."""
         tidings: Tidings = self._call("follow", island, incarnation, after, wait_s, held, wait_s=wait_s)
         is_over = tidings.standing == "over"
-        there = tidings.records or is_over
-        records = self._patiently("read the log", lambda: self._records_after(after)) if there else ()
+        records: tuple[LogStep, ...] = ()
+        if tidings.records or is_over:
+            records = self._patiently("read the log", lambda: self._records_after(after, tidings.records))
         if is_over and records:
             return News("ok", records)
         return News.of(tidings, records)
@@ -100,15 +101,24 @@ class RunStoreTransport(CallingTransport):
         path = record_path(index)
         return Record.from_bytes(self._store.read(path), self._store.url_of(path))
 
-    def _records_after(self, after: int) -> tuple[LogStep, ...]:
-        newest = max(numbered(self._store, "log"), default=-1)
-        return tuple(self._step(index) for index in range(after + 1, min(newest, after + RECORDS_AT_ONCE) + 1))
+    def _records_after(self, after: int, is_told: bool) -> tuple[LogStep, ...]:
+        """One by one until there is none: a listing names the whole log, in pages, to show what came last.
 
-    def _step(self, index: int) -> LogStep:
-        record = self._record(index)
-        payload = self._store.read(record.payload)
-        check_sha256(payload, record.payload_sha256, self._store.url_of(record.payload))
-        return record, np.frombuffer(payload, np.uint8)
+        is_told: the coordinator has committed the first, so StoreError where the store does not show it.
+        """
+        steps: list[LogStep] = []
+        num_bytes = 0
+        while len(steps) < RECORDS_AT_ONCE and num_bytes < ANSWER_BYTES:
+            path = record_path(after + 1 + len(steps))
+            data = self._store.read(path) if is_told and not steps else self._store.read_if_there(path)
+            if data is None:
+                break
+            record = Record.from_bytes(data, self._store.url_of(path))
+            payload = self._store.read(record.payload)
+            check_sha256(payload, record.payload_sha256, self._store.url_of(record.payload))
+            steps.append((record, np.frombuffer(payload, np.uint8)))
+            num_bytes += len(payload)
+        return tuple(steps)
 
     # ---- calls ----
 

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from diloco_ray.coordination.messages import DataRange, InnerPlan, Verdict
-from diloco_ray.errors import CorruptionError, DeadlineError
+from diloco_ray.errors import CorruptionError, DeadlineError, StoreError
+from diloco_ray.log.run_log import record_path
 from diloco_ray.simulation.storage import IOCall, TappedStore
 from diloco_ray.transport import letters, post_office, run_store, tokens
 from diloco_ray.transport.letters import NOTICE, write_letter
@@ -214,6 +215,67 @@ def test_a_notice_that_no_coordinator_wrote_is_an_error_with_the_files_name(room
 
 
 # ---- what is read of the log ----
+
+
+@pytest.fixture
+def long_room(time: VirtualTime) -> Mailroom:
+    """Twelve records, and a thirteenth to come."""
+    room = new_room(time, num_rounds=13)
+    workers = [room.worker(0), room.worker(1)]
+    for worker in workers:
+        worker.hello()
+    while room.coordinator.state.index < 12:
+        for worker in workers:
+            worker.turn()
+    return room
+
+
+@pytest.mark.parametrize(("after", "told"), [(0, [1, 2, 3, 4, 5, 6, 7, 8]), (10, [11, 12]), (11, [12])])
+def test_records_are_read_one_by_one_and_the_log_is_never_listed(
+    long_room: Mailroom, after: int, told: list[int]
+) -> None:
+    """A listing has 1,000 names a page: at record 100,000 each island would ask for 100 pages at each step."""
+    calls: list[IOCall] = []
+    line = long_room.worker(0, calls.append).line
+    assert [record.index for record, _ in line.follow("", 0, after, 0.0).records] == told
+    assert not [call for call in calls if call.act == "list"]
+    of_log = [call for call in calls if call.moment == "before" and call.path.startswith(("log/", "payloads/"))]
+    assert len(of_log) == 2 * len(told) + (len(told) < run_store.RECORDS_AT_ONCE)
+
+
+@pytest.mark.parametrize(("num_payloads", "told"), [(0.5, [1]), (1.5, [1, 2]), (2.0, [1, 2]), (2.5, [1, 2, 3])])
+def test_a_backlog_is_read_in_parts_of_so_many_bytes_and_a_record(
+    long_room: Mailroom, num_payloads: float, told: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(long_room.store.read(long_room.coordinator._log.records[1].payload))
+    monkeypatch.setattr(run_store, "ANSWER_BYTES", num_payloads * size)
+    read: list[str] = []
+    line = long_room.worker(0, lambda call: read.append(call.path) if call.moment == "after" else None).line
+    assert [record.index for record, _ in line.follow("", 0, 0, 0.0).records] == told
+    assert len([path for path in read if path.startswith("payloads/")]) == len(told)
+
+
+def test_a_record_that_is_told_of_and_not_to_be_seen_is_waited_for_until_the_deadline_and_named(
+    long_room: Mailroom, capsys: pytest.CaptureFixture[str]
+) -> None:
+    time, store, path = long_room.time, long_room.store, record_path(12)
+    data = store.read(path)
+    store.delete(path)
+    began_s = time.now_s
+    line = long_room.line(long_room.token("island-00"), deadline_s=10.0)
+    with pytest.raises(StoreError, match="does not exist") as caught:
+        line.follow("", 0, 11, 0.0)
+    assert caught.value.where == store.url_of(path)
+    assert 10.0 < time.now_s - began_s < 10.0 + 5 * POLL_S
+    assert capsys.readouterr().err.count("cannot read the log") == 1
+
+    def show() -> None:
+        long_room.office.turn()
+        if time.now_s > began_s + 20.0 and not store.exists(path):
+            store.create(path, data)
+
+    long_room.turn = show  # type: ignore[method-assign]
+    assert [record.index for record, _ in line.follow("", 0, 11, 0.0).records] == [12]
 
 
 def test_a_joiner_whose_snapshot_is_pruned_while_it_is_read_takes_a_newer_one(time: VirtualTime) -> None:
