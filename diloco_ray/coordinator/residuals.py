@@ -6,6 +6,7 @@ Replicas need none of it, so it is not in the log. It is written before the reco
 that is restarted goes on with the one of each fragment's newest record, bit for bit.
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import load_tensors, save_tensors
 
 FOLDER = "residuals"
+_FILE = re.compile(r"([0-9]{3,})-([0-9]{8,})-[0-9a-f]{12}(?:-[0-9a-f]{12}\.safetensors|\.json)")
 
 
 class Residuals:
@@ -49,9 +51,10 @@ class Residuals:
     def _forget_before(self, record: Record) -> None:
         """What earlier lives have left of this fragment. What is saved for a later record may yet be committed."""
         for name in self._store.list(FOLDER):
-            fragment, index = name.split("-")[:2]
-            is_kept = f"{FOLDER}/{name}".startswith(self._saved[record.fragment][0])
-            if int(fragment) == record.fragment and int(index) <= record.index and not is_kept:
+            found = _FILE.fullmatch(name)  # other files are nobody's business here
+            if not found or f"{FOLDER}/{name}".startswith(self._saved[record.fragment][0]):
+                continue
+            if int(found[1]) == record.fragment and int(found[2]) <= record.index:
                 self._store.delete(f"{FOLDER}/{name}")
 
     def _delete(self, path: str) -> None:

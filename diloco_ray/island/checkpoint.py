@@ -6,6 +6,7 @@ from the log.
 """
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -72,9 +73,8 @@ class IslandCheckpoints:
         return self._rounds("")
 
     def _rounds(self, prefix: str) -> list[int]:
-        names = [name for name in self.store.list("") if name.startswith(prefix) and name.endswith(".json")]
-        numbers = [name.removeprefix(prefix).removesuffix(".json") for name in names]
-        return sorted(int(number) for number in numbers if number.isdigit())
+        found = [re.fullmatch(rf"{prefix}([0-9]{{8,}})\.json", name) for name in self.store.list("")]
+        return sorted(int(match[1]) for match in found if match)
 
     def delete(self, round: int) -> None:
         self._delete(_path(round), _residuals_path(round))

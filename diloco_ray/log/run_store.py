@@ -149,7 +149,7 @@ class RunStore:
 
     def delete_folder(self, folder: str) -> None:
         """Removes the files directly in a folder and, on a disk, the folder with all that a killed writer left."""
-        for name in self.list(folder):
+        for name in self.sizes(folder):
             self.delete(f"{folder}/{name}")
         if self.is_local:
             with self._naming("delete", folder):

@@ -6,11 +6,13 @@ each flush (object stores cannot append) and begun anew every SEGMENT_LINES line
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
 SEGMENT_LINES = 500
+_FILE = re.compile(r"[0-9]{6,}-[0-9]{4,}\.jsonl")
 
 
 class Folder(Protocol):
@@ -55,7 +57,7 @@ def _finite(fields: dict[str, Any]) -> dict[str, Any]:
 
 def read_events(store: Folder) -> list[dict[str, Any]]:
     """Every event of a run so far."""
-    paths = [f"events/{name}" for name in store.list("events") if name.endswith(".jsonl")]
+    paths = [f"events/{name}" for name in store.list("events") if _FILE.fullmatch(name)]
     lines = [line for path in paths for line in store.read(path).decode(errors="replace").splitlines()]
     return [event for line in lines if (event := _parsed(line)) is not None]
 

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,45 @@ def test_a_joiner_is_not_sent_to_the_beginning_because_the_run_prunes_meanwhile(
     assert list_snapshots(store) == [0, 8, 9, 10]
     is_overtaken = False
     assert life.coordinator.snapshot(first=True).index == 0
+
+
+FOLDERS = ("", "log", "payloads", "fences", "events", "residuals", "snapshots", "snapshots/00000002", "mail", "tokens")
+FOREIGN = (
+    ".DS_Store",
+    "Thumbs.db",
+    "notes.json",
+    "00000001 (1).json",
+    "000001-0000 (1).jsonl",
+    "x.jsonl/x",
+    "@eaDir/x",
+)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_files_and_folders_that_no_run_writes_stop_no_coordinator(folder: str, tmp_path: Path) -> None:
+    job = replace(small_job(num_islands=1, num_rounds=7, snapshot_every_rounds=1), downlink_error_feedback=True)
+    job = replace(job, keep_snapshots=1)
+    store = begun(RunStore(str(tmp_path / "run")), job)
+    life, island = Life(store, job), SmallIsland(0, job)
+    join_all(life.coordinator, [island])
+    for _ in range(2):
+        one_round(life, [island])
+    for name in FOREIGN:
+        store.write(f"{folder}/{name}".strip("/"), b'\x00{"event": "evaluation"}\n{"event": "evaluation"}\n')
+    one_round(life, [island])
+    life, island = Life(store, job), SmallIsland(0, job)
+    join_all(life.coordinator, [island])
+    assert life.coordinator.measured() == set()
+    for _ in range(4):
+        one_round(life, [island])
+    assert life.coordinator.state.phase == "succeeded", life.coordinator.state.reason
+    assert list_snapshots(store) == [0, 7]
+    if folder != "snapshots/00000002":  # which was pruned with all that was in it
+        assert set(FOREIGN) <= {path.removeprefix(f"{folder}/") for path in every_file(tmp_path / "run")}
+
+
+def every_file(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
 
 def test_a_second_coordinator_fences_the_first_which_writes_nothing_more(store: RunStore, tmp_path: Path) -> None:

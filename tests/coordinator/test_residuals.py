@@ -92,6 +92,17 @@ def test_of_each_fragment_two_are_kept_and_no_file_of_older_ones_is_left(store: 
     assert len(names) == 2 * 4
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "notes.txt", "a-b", "000-00000001-{sha} (copy).json", "000-{sha}.json"])
+def test_a_file_that_no_coordinator_wrote_is_left_alone_and_stops_none(store: RunStore, name: str) -> None:
+    path = f"{FOLDER}/{name.format(sha='a' * 12)}"
+    log = saved(store, (1, 0), (2, 1))
+    store.write(path, b"")
+    residuals = Residuals(store, JOB.layout, log)
+    assert levels(residuals) == [1.0, 2.0]
+    residuals.save(0, 3, "f" * 64)
+    assert store.exists(path)
+
+
 def test_one_of_another_step_or_damaged_or_missing_is_named(store: RunStore) -> None:
     log = saved(store, (1, 0))
     other = replace(log[0], payload_sha256="a" * 64)

@@ -103,6 +103,17 @@ def test_one_of_another_run_is_ignored(checkpoints: IslandCheckpoints, folder: P
     assert loaded(checkpoints, 2) == ((1, None), 1)
 
 
+def test_files_that_no_island_wrote_count_for_nothing(checkpoints: IslandCheckpoints, folder: Path) -> None:
+    for round in (1, 2):
+        checkpoints.save(round, optimizer_after(round), None)
+    for name in (".DS_Store", "2.json", "\N{SUPERSCRIPT TWO}.json", "00000002 (1).json", "residuals-2.json"):
+        (folder / name).write_bytes(b"x")
+    checkpoints.save(3, optimizer_after(3), None)
+    assert checkpoints.rounds() == [2, 3]
+    assert loaded(checkpoints, 2) == ((2, None), 2)
+    checkpoints.load_residuals_(2, [torch.ones(3)])
+
+
 def test_later_rounds_of_another_run_do_not_cost_this_run_its_own(checkpoints: IslandCheckpoints, folder: Path) -> None:
     for round in (8, 9):
         other_run(folder).save(round, optimizer_after(9), None)
