@@ -54,4 +54,7 @@ class RayTransport(CallingTransport):
                         where=str(error).splitlines()[0],
                         remedy=f"{remedy}; the same command goes on from the last committed record",
                     ) from error
+                # Else it and the frames it passed through refer to each other, and what was sent or has come stays in
+                # Ray's store until Python looks for garbage: in a training loop, for long.
+                error.__traceback__ = None
                 time.sleep(PAUSE_S)

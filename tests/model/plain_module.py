@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class PlainModel(nn.Module):
-    def __init__(self, vocab_size: int, with_logits: bool = True):
+    def __init__(self, vocab_size: int, with_logits: bool = True, width: int = 16):
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, 16)
-        self.head = nn.Linear(16, vocab_size, bias=False)
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.head = nn.Linear(width, vocab_size, bias=False)
         self.head.weight = self.embedding.weight
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
