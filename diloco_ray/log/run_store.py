@@ -11,13 +11,14 @@ It does not know what the files mean.
 
 import errno
 import os
+import re
 import shutil
 import threading
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
@@ -30,6 +31,7 @@ from diloco_ray.errors import StoreError
 Bytes = bytes | bytearray | memoryview
 
 _HIDDEN = ".tmp-"  # prefix of files that are not there yet; a killed writer may leave one behind
+_CREDENTIALS = re.compile("Credentials|Token|SSO|Profile|Authentication|InvalidAccessKeyId|SignatureDoesNotMatch")
 _MEMORY_LOCK = threading.Lock()  # fsspec's memory file system looks, then writes: two threads could both create
 
 
@@ -227,6 +229,11 @@ def _has_atomic_create(fs: Any) -> bool:
 
 
 def _remedy(error: Exception) -> str:
+    kinds = _kinds(error)
+    if "RequestTimeTooSkewed" in kinds:
+        return "set this machine's clock, which requests are signed with"
+    if any(map(_CREDENTIALS.search, kinds)):
+        return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the credentials of your storage; renew what expired"
     if isinstance(error, PermissionError):
         return "check the permissions of the folder, or the credentials and policy of the bucket"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -234,6 +241,15 @@ def _remedy(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.EOPNOTSUPP:
         return "commits need hard links: use another disk or an object store"
     return "the same command goes on from the last committed record when the storage answers again"
+
+
+def _kinds(error: BaseException | None) -> list[str]:
+    """The names of an error and of what it was made of, with the codes of a storage's answers, as botocore has them."""
+    if error is None:
+        return []
+    answer = cast(dict[str, dict[str, str]] | None, getattr(error, "response", None))
+    code = answer.get("Error", {}).get("Code", "") if isinstance(answer, dict) else ""
+    return [type(error).__name__, str(code), *_kinds(error.__cause__)]
 
 
 @contextmanager
