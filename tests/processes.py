@@ -79,9 +79,9 @@ class Command:
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(timeout=30)
 
-    def interrupt(self) -> None:
-        """Ctrl-C, to this process alone."""
-        os.kill(self._process.pid, signal.SIGINT)
+    def interrupt(self, by: int = signal.SIGINT) -> None:
+        """Ctrl-C, or what else there is, to this process alone."""
+        os.kill(self._process.pid, by)
 
     def stop(self) -> None:
         if self._process.poll() is None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diloco_ray.document import replica_of
 from diloco_ray.errors import ClusterError, DiLoCoError
@@ -80,6 +81,12 @@ def connect(run: Run, token: Token, process: str) -> RunStoreTransport:
     )
 
 
+@ray.remote(num_cpus=0, max_retries=0)
+def _end_politely(pid: int) -> None:
+    """Of a process on the node where this runs."""
+    os.kill(pid, signal.SIGTERM)
+
+
 class _Outpost:
     """One process of the island."""
 
@@ -120,18 +127,21 @@ class _Outpost:
         return any(island["state"] == "lost" and island["last_seen_s"] > patience_s for island in mine)
 
     def send_home(self) -> None:
-        """As a machine's notice would: what is done is sent, work in hand is given back. One process only on this very
-        node: there is no other way to tell it while it is busy."""
+        """As a machine's notice would: what is done is sent, work in hand is given back. The actor of one process is
+        busy with its life: it hears a signal, from a task on its node where that is another one than this."""
         if self._place is None or self._life is None:
             return
+        until_s = time.monotonic() + FAREWELL_S
         with contextlib.suppress(ProcessLookupError, exceptions.RayError):
             if self._ranks > 1:
                 ray.get(self._place.actor.send_home.remote(), timeout=FAREWELL_S)
             elif self._node == ray.get_runtime_context().get_node_id():
                 os.kill(self._pid, signal.SIGTERM)
             else:
-                return
-            ray.get(self._life, timeout=FAREWELL_S)
+                there = NodeAffinitySchedulingStrategy(self._node, soft=False)
+                told = _end_politely.options(scheduling_strategy=there).remote(self._pid)
+                ray.get(told, timeout=FAREWELL_S)
+            ray.get(self._life, timeout=max(0.0, until_s - time.monotonic()))
 
     def close(self) -> None:
         if self._place is not None:

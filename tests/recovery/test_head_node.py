@@ -1,13 +1,6 @@
 """The head node of the cluster is lost while a run is on it: the same command goes on, on another one."""
 
-import contextlib
 import os
-import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,59 +8,10 @@ import pytest
 
 from diloco_ray.errors import DeadlineError
 from tests.conftest import Pace
+from tests.nodes import head_node
 from tests.processes import assert_whole, digests, run_folder, training, uninterrupted, write_recipe
 
 pytestmark = pytest.mark.ray
-
-
-class HeadNode:
-    """`ray start --head` on a port of its own, with all that it has started."""
-
-    def __init__(self, port: int, folder: Path, more: Sequence[str]):
-        self.address = f"127.0.0.1:{port}"
-        options = [f"--port={port}", "--num-cpus=2", f"--temp-dir={folder}", "--include-dashboard=false", *more]
-        ray = str(Path(sys.executable).with_name("ray"))
-        self._process = subprocess.Popen(
-            [ray, "start", "--head", "--block", "--disable-usage-stats", *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert self._process.stdout is not None
-        assert any("Ray runtime started" in line for line in self._process.stdout)
-
-    def processes(self) -> set[int]:
-        """Its own and all below it."""
-        parents = dict[int, int]()
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                parents[int(stat.parent.name)] = int(stat.read_text().rpartition(") ")[2].split()[1])
-        found = {self._process.pid}
-        while more := {pid for pid, parent in parents.items() if parent in found} - found:
-            found |= more
-        return found
-
-    def is_lost(self) -> None:
-        """All at once, as when a machine is switched off."""
-        if self._process.poll() is not None:
-            return
-        for pid in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self._process.wait(timeout=30)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-
-@contextmanager
-def head_node(port: int, *options: str) -> Iterator[HeadNode]:
-    folder = Path(f"/tmp/dr{port}")  # short, because sockets' paths must be
-    head = HeadNode(port, folder, options)
-    try:
-        yield head
-    finally:
-        head.is_lost()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_the_same_command_goes_on_when_the_head_node_was_lost(

@@ -21,7 +21,9 @@ from diloco_ray.log.run_log import RunLog, numbered
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.verify import verify
 from diloco_ray.observe.events import of_kind, read_events
+from diloco_ray.observe.status import read_status
 from tests.conftest import Pace
+from tests.nodes import another_node, head_node
 from tests.processes import CLI, Command, assert_whole, ranks_beside, uninterrupted, wait_for, write_recipe
 
 pytestmark = pytest.mark.ray
@@ -46,14 +48,14 @@ class Bucket:
     def coordinator(self, *options: str) -> Command:
         return self._start([*CLI, "train", str(self._recipe), *options], "coordinator")
 
-    def island(self, name: str) -> Command:
-        """Of a home of its own: what it saves is on no other island's machine."""
+    def island(self, name: str, **environment: str) -> Command:
+        """Of a home of its own: what it saves is on no other island's machine. environment: more of it."""
         wait_for(lambda: self.store.exists("run.json"), "the run has begun", self._commands[-1])
         home = self._folder / name
         home.mkdir(exist_ok=True)
         token = create_token(self.url, name)
         command = [sys.executable, str(ROOT / "jobs" / "island.py"), self.url, "--name", name]
-        return self._start(command, name, DILOCO_RAY_TOKEN=token, HOME=str(home))
+        return self._start(command, name, DILOCO_RAY_TOKEN=token, HOME=str(home), **environment)
 
     def _start(self, arguments: list[str], name: str, **environment: str) -> Command:
         self._commands.append(Command(arguments, self._folder / f"{name}.log", **environment))
@@ -193,3 +195,34 @@ def test_an_island_of_two_ranks_gives_its_work_back_when_it_is_interrupted_and_c
         assert "it is started again" in again.wait_for_end()
         assert "eu-1 left: preempted" in run.decisions()
         assert verify(run.store, replica_of).problems == ()
+
+
+def test_an_island_on_another_node_than_its_command_gives_its_work_back_when_its_job_is_stopped(
+    body: dict[str, Any], tmp_path: Path, pace: Pace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Kubernetes, where the head has no CPUs. Nobody waits for its silence: that would be two minutes."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    body |= {"islands": 1}
+    pace.slow_down(0.03)
+    port = 20000 + os.getpid() % 5000
+    with head_node(port, "--num-cpus=0") as head, another_node(head, "--num-cpus=1"), bucket(body, tmp_path) as run:
+        coordinator = run.coordinator("--islands", "external")
+        first = run.island("eu-1", RAY_ADDRESS=head.address)
+        run.wait_for_outer_steps(1)
+        first.interrupt(signal.SIGTERM)
+        assert "interrupted" in first.wait_for_end(130)
+        wait_for(lambda: "eu-1 left: preempted" in coordinator.output(), "it has left", coordinator)
+        wait_for(lambda: has_no_lease(run.store, "eu-1", "left"), "its lease is back", coordinator)
+        again = run.island("eu-1", RAY_ADDRESS=head.address)
+        pace.let_go()
+        coordinator.wait_for_end()
+        assert "the run is over" in again.wait_for_end()
+        assert not any("silent" in text for text in run.decisions())
+        assert verify(run.store, replica_of).problems == ()
+
+
+def has_no_lease(store: RunStore, island: str, state: str) -> bool:
+    """By a status that has this island in this state."""
+    status = read_status(store)
+    states = {island["name"]: island["state"] for island in status["islands"]}
+    return states.get(island) == state and status["tokens"]["outstanding"] == 0
