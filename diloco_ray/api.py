@@ -26,7 +26,7 @@ from diloco_ray.observe.progress import Progress
 from diloco_ray.run import Run, check_same_recipe, open_as_island, open_run, read_run
 from diloco_ray.runtime.cluster import connected
 from diloco_ray.runtime.driver import train_on_ray
-from diloco_ray.runtime.outpost import join_on_ray
+from diloco_ray.runtime.outpost import check_token, join_on_ray
 from diloco_ray.transport import tokens
 from diloco_ray.transport.letters import MAIL, Token, mark_of
 from diloco_ray.transport.run_store import read_notice
@@ -232,12 +232,14 @@ def join(
         raise ConfigError(what, where="--name", remedy="leave --name out, or have a token made for that island")
     run = open_as_island(path, wait_s, tell)
     if recipe is not None:
-        check_same_recipe(run.document, RunConfig.from_yaml(recipe), run.store.url)
+        remedy = "this is not the run of your recipe: compare its address, or leave --recipe out and train by the run's"
+        check_same_recipe(run.document, RunConfig.from_yaml(recipe), run.store.url, remedy)
     body = run.config.model_dump(mode="json")
     body["cluster"]["label_selector"] = {}  # the labels are those of the coordinator's cluster
     if resources:
         body["cluster"]["island_resources"] = dict(resources)
     run = replace(run, config=RunConfig.from_dict(body, where="--resource"))
     RunStore(run.store.url_of(f"{MAIL}/{key.island}")).probe()
+    check_token(run, key, tell)
     with connected(None):
         return join_on_ray(run, key, tell)

@@ -34,6 +34,9 @@ from diloco_ray.plan import check_model
 from diloco_ray.transport.letters import NOTICE
 from diloco_ray.transport.run_store import read_notice
 
+CHANGE_BACK = "give the run another `--name`, or change these fields back to take the old run up again"
+OR_DELETE = "or delete the folder, since no outer step has been taken yet"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -140,7 +143,8 @@ def open_run(config: RunConfig, *, progress: Callable[[int, int | None], None] |
     check_available(config.inner)
     document = _existing(store)
     if document:
-        check_same_recipe(document, config, store.url, has_trained=len(store.list("log")) > 1)
+        has_trained = len(store.list("log")) > 1
+        check_same_recipe(document, config, store.url, CHANGE_BACK if has_trained else f"{CHANGE_BACK}; {OR_DELETE}")
     else:
         check_model(config)
     shards = _open_data(config, progress)
@@ -183,7 +187,8 @@ def open_as_island(url: str, wait_s: float, tell: Callable[[str], None]) -> Run:
         time.sleep(min(1.0, wait_s))
     document = _read_document(store)
     config = RunConfig.from_dict(notice.config, where=store.url_of(NOTICE))
-    check_same_recipe(document, config, store.url_of(NOTICE))
+    remedy = "whoever runs the coordinator should look who else writes to this folder, and start it again"
+    check_same_recipe(document, config, store.url_of(NOTICE), remedy)
     return Run(store, config, document, _prepared_now(store, document["prepared"]))
 
 
@@ -233,11 +238,8 @@ def _existing(store: RunStore) -> Mapping[str, Any] | None:
     return None
 
 
-def check_same_recipe(document: Mapping[str, Any], config: RunConfig, where: str, *, has_trained: bool = True) -> None:
+def check_same_recipe(document: Mapping[str, Any], config: RunConfig, where: str, remedy: str) -> None:
     """RunMismatchError with every field in which the recipe is another run's."""
-    remedy = "give the run another `--name`, or change these fields back to take the old run up again"
-    if not has_trained:
-        remedy += "; or delete the folder, since no outer step has been taken yet"
     changed = differences(document["identity"], config.identity())
     if changed:
         raise RunMismatchError(

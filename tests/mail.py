@@ -2,7 +2,7 @@
 
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,14 @@ SECRET = "a secret of these tests only"
 POLL_S = 0.05
 
 
-def office_of(store: RunStore, coordinator: Coordinator, job: CoordinatorJob, notes: list[str]) -> PostOffice:
+def office_of(
+    store: RunStore,
+    coordinator: Coordinator,
+    job: CoordinatorJob,
+    notes: list[str],
+    config: Mapping[str, Any] | None = None,
+) -> PostOffice:
+    """config: the recipe that it lets islands know."""
     keys = KeyRing(store, job.rules.run_id, SECRET)
     office = PostOffice(
         store,
@@ -32,15 +39,17 @@ def office_of(store: RunStore, coordinator: Coordinator, job: CoordinatorJob, no
         max_payload_bytes=max(job.rules.payload_bytes),
         note=notes.append,
     )
-    office.put_up_notice({})
+    office.put_up_notice(config or {})
     return office
 
 
 @contextmanager
-def office_open(store: RunStore, coordinator: Coordinator, job: CoordinatorJob) -> Iterator[list[str]]:
+def office_open(
+    store: RunStore, coordinator: Coordinator, job: CoordinatorJob, config: Mapping[str, Any] | None = None
+) -> Iterator[list[str]]:
     """In this block a thread turns it; yields what it notes."""
     notes: list[str] = []
-    office, closing = office_of(store, coordinator, job, notes), threading.Event()
+    office, closing = office_of(store, coordinator, job, notes, config), threading.Event()
 
     def turn() -> None:
         while not closing.wait(POLL_S / 5):

@@ -18,7 +18,7 @@ from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diloco_ray.document import replica_of
-from diloco_ray.errors import ClusterError, DiLoCoError
+from diloco_ray.errors import ClusterError, DeadlineError, DiLoCoError, StoreError
 from diloco_ray.observe.status import read_status
 from diloco_ray.run import Run
 from diloco_ray.runtime.cluster import POLL_S, Place, wait_for_places
@@ -29,6 +29,17 @@ from diloco_ray.transport.run_store import RunStoreTransport
 
 TOLD_EVERY_S = 10.0  # a line on how the run stands
 FAREWELL_S = 30.0  # for an island that has been told to go
+
+
+def check_token(run: Run, token: Token, tell: Callable[[str], None]) -> None:
+    """Asks the coordinator something cheap, before anything is spent. RunMismatchError where it refuses this token;
+    DeadlineError or StoreError where nobody answers for `sync.coordinator_timeout_s`."""
+    within_s = run.config.sync.coordinator_timeout_s
+    try:
+        connect(run, token, uuid.uuid4().hex, min(TOLD_EVERY_S, within_s)).measured()
+    except (DeadlineError, StoreError) as error:
+        tell(f"{error.what}; waiting up to {within_s:g} s")
+        connect(run, token, uuid.uuid4().hex).measured()
 
 
 def join_on_ray(run: Run, token: Token, tell: Callable[[str], None]) -> str:
@@ -68,15 +79,15 @@ def join_on_ray(run: Run, token: Token, tell: Callable[[str], None]) -> str:
             outpost.close()
 
 
-def connect(run: Run, token: Token, process: str) -> RunStoreTransport:
-    """The line of one process of an island."""
+def connect(run: Run, token: Token, process: str, deadline_s: float | None = None) -> RunStoreTransport:
+    """The line of one process of an island. deadline_s: instead of the recipe's."""
     return RunStoreTransport(
         run.store,
         run.run_id,
         token,
         process,
         poll_s=run.config.sync.poll_s,
-        deadline_s=run.config.sync.coordinator_timeout_s,
+        deadline_s=run.config.sync.coordinator_timeout_s if deadline_s is None else deadline_s,
         new_replica=partial(replica_of, run.document),
     )
 
