@@ -224,7 +224,7 @@ def join(
 ) -> str:
     """Trains one island of a run whose coordinator is elsewhere, on this process's Ray or a local one, until the run
     is over; returns why it ended. recipe: refuse a run that is not of it. resources: of the island, instead of the
-    recipe's. wait_s: for a coordinator that allows islands from outside.
+    recipe's. wait_s: for a coordinator that allows islands from outside, and then for room on this cluster.
     """
     key = Token.read(token)
     if name not in (None, key.island):
@@ -242,4 +242,4 @@ def join(
     RunStore(run.store.url_of(f"{MAIL}/{key.island}")).probe()
     check_token(run, key, tell)
     with connected(None):
-        return join_on_ray(run, key, tell)
+        return join_on_ray(run, key, tell, wait_s)

@@ -49,7 +49,9 @@ def join(
         list[str],
         typer.Option("--resource", metavar="NAME=AMOUNT", help="Of this island on its own cluster, such as GPU=1."),
     ] = [],  # noqa: B006
-    wait_s: Annotated[float, typer.Option(min=0, help="How long to wait for a coordinator.")] = 600.0,
+    wait_s: Annotated[
+        float, typer.Option(min=0, help="How long to wait for a coordinator, and then for room on this cluster.")
+    ] = 600.0,
 ) -> None:
     """Train one island of a run whose coordinator is elsewhere: they share the run's folder, in a bucket, alone.
 

@@ -13,7 +13,7 @@ import ray
 from ray import exceptions
 from ray._private import worker as rays_worker
 from ray._private.state import state as rays_state
-from ray.util.placement_group import remove_placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from diloco_ray.config import ClusterSettings
 from diloco_ray.errors import ClusterError
@@ -96,8 +96,12 @@ def placeable(settings: ClusterSettings, islands: Sequence[str], ranks: int) -> 
 
 
 def _fits(node: dict[str, Any], settings: ClusterSettings) -> int:
-    wanted = {name: amount for name, amount in settings.island_resources.items() if amount > 0}
-    return min(int(node["Resources"].get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items())
+    return min(int(node["Resources"].get(name, 0.0) / amount + 1e-6) for name, amount in _wanted(settings).items())
+
+
+def _wanted(settings: ClusterSettings) -> dict[str, float]:
+    """Of each rank."""
+    return {name: amount for name, amount in settings.island_resources.items() if amount > 0}
 
 
 def this_node_is_draining() -> bool:
@@ -116,23 +120,45 @@ def wait_for_places(
     tell: Callable[[str], None],
     *,
     least: int,
+    within_s: float,
     where: str,
     remedy: str,
 ) -> None:
-    """Until the least of the islands can be placed. Tells what is missing; ClusterError if it is for too long, and at
-    once where nobody will add nodes.
+    """Until the least of the islands can be placed; meanwhile Ray's autoscaler is asked for room for all of them. Tells
+    what is missing; ClusterError if it is for too long, and at once where nobody will add nodes.
     """
-    until_s, is_told = time.monotonic() + settings.placement_timeout_s, False
-    while len(placeable(settings, islands, ranks)) < least:
-        shortage = _describe_shortage(settings, islands, ranks, least)
-        if _is_own():
-            raise ClusterError(f"{shortage}, and this Ray, started here, gets no others", where=where, remedy=remedy)
-        if not is_told:
-            tell(f"{shortage}; waiting up to {settings.placement_timeout_s:g} s")
-            is_told = True
-        if time.monotonic() > until_s:
-            raise ClusterError(f"{shortage} after {settings.placement_timeout_s:g} s", where=where, remedy=remedy)
-        time.sleep(POLL_S)
+    if len(placeable(settings, islands, ranks)) >= least:
+        return
+    shortage = _describe_shortage(settings, islands, ranks, least)
+    if _is_own():
+        raise ClusterError(f"{shortage}, and this Ray, started here, gets no others", where=where, remedy=remedy)
+    tell(f"{shortage}; waiting up to {within_s:g} s")
+    until_s = time.monotonic() + within_s
+    with _asked_for(settings, islands, ranks):
+        while len(placeable(settings, islands, ranks)) < least:
+            if time.monotonic() > until_s:
+                shortage = _describe_shortage(settings, islands, ranks, least)
+                raise ClusterError(f"{shortage} after {within_s:g} s", where=where, remedy=remedy)
+            time.sleep(POLL_S)
+
+
+@contextlib.contextmanager
+def _asked_for(settings: ClusterSettings, islands: Sequence[str], ranks: int) -> Iterator[None]:
+    """In this block a placement group stands in for each island: demand, as the islands themselves are afterwards.
+
+    Unlike `request_resources` it asks for each island by itself, so that a cluster which cannot grow to hold all of
+    them grows to hold some; it replaces nobody else's request; and it ends with this process, however that ends.
+    """
+    groups: list[Any] = []
+    try:
+        for island in islands:
+            selector = selector_of(settings, island)
+            labels: dict[str, Any] = {"bundle_label_selector": [selector] * ranks} if selector else {}
+            groups.append(placement_group([_wanted(settings)] * ranks, strategy="PACK", **labels))
+        yield
+    finally:
+        for group in groups:
+            remove_placement_group(group)
 
 
 def _is_own() -> bool:
@@ -145,10 +171,9 @@ def _describe_shortage(settings: ClusterSettings, islands: Sequence[str], ranks:
     """What the cluster lacks for the least of these islands, in numbers."""
     placed = placeable(settings, islands, ranks)
     have = ray.cluster_resources()
-    names = [name for name, amount in settings.island_resources.items() if amount > 0]
     parts = [
-        f"{name}: {settings.island_resources[name] * least * ranks:g} needed, {have.get(name, 0.0):g} in the cluster"
-        for name in names
+        f"{name}: {amount * least * ranks:g} needed, {have.get(name, 0.0):g} in the cluster"
+        for name, amount in _wanted(settings).items()
     ]
     of_ranks = f" of {ranks} ranks" if ranks > 1 else ""
     labels = f" on nodes labelled {settings.label_selector}" if settings.label_selector else ""

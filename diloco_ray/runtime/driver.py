@@ -62,6 +62,7 @@ def train_on_ray(run: Run, watch: Watcher, secret: str = "") -> dict[str, Any]:
         run.config.inner.ranks,
         lambda text: watch({}, [{"event": "decision", "text": text}]),
         least=run.config.min_islands - cluster.external_islands,
+        within_s=cluster.placement_timeout_s,
         where="cluster.island_resources",
         remedy="add nodes, lower `islands`, or ask for less in cluster.island_resources",
     )

@@ -28,6 +28,7 @@ from diloco_ray.transport.letters import Token
 from diloco_ray.transport.run_store import RunStoreTransport
 
 TOLD_EVERY_S = 10.0  # a line on how the run stands
+START_S = 60.0  # at least, for a process where there is room
 FAREWELL_S = 30.0  # for an island that has been told to go
 
 
@@ -42,17 +43,17 @@ def check_token(run: Run, token: Token, tell: Callable[[str], None]) -> None:
         connect(run, token, uuid.uuid4().hex).measured()
 
 
-def join_on_ray(run: Run, token: Token, tell: Callable[[str], None]) -> str:
-    """Trains until the run is over, or this process is interrupted; returns which.
+def join_on_ray(run: Run, token: Token, tell: Callable[[str], None], wait_s: float) -> str:
+    """Trains until the run is over, or this process is interrupted; returns which. wait_s: for room on this cluster.
 
     An island that dies is started again, and goes on from its own checkpoint with the data that it had. ClusterError
-    where it dies too often; errors that a restart would meet again as they are.
+    where it finds no room or dies too often; errors that a restart would meet again as they are.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` means the same as Ctrl-C
     failures = 0
     while True:
-        outpost = _Outpost(run, token)
+        outpost = _Outpost(run, token, wait_s)
         try:
             outpost.begin(tell)
             why = outpost.wait(_Teller(run, token.island, tell))
@@ -101,8 +102,9 @@ def _end_politely(pid: int) -> None:
 class _Outpost:
     """One process of the island."""
 
-    def __init__(self, run: Run, token: Token):
+    def __init__(self, run: Run, token: Token, wait_s: float):
         self._run, self._token, self._ranks = run, token, run.config.inner.ranks
+        self._wait_s = wait_s
         self._place: Place | None = None
         self._node, self._pid, self._process = "", 0, uuid.uuid4().hex
         self._life: Any = None
@@ -111,14 +113,23 @@ class _Outpost:
     def begin(self, tell: Callable[[str], None]) -> None:
         """ClusterError where the cluster is too small for it, RayError where what it has is taken."""
         run, island, cluster = self._run, self._token.island, self._run.config.cluster
-        remedy = "give this cluster more, or this island less: `--resource`"
-        wait_for_places(cluster, [island], self._ranks, tell, least=1, where="this cluster", remedy=remedy)
+        wait_for_places(
+            cluster,
+            [island],
+            self._ranks,
+            tell,
+            least=1,
+            within_s=self._wait_s,
+            where="this cluster",
+            remedy="give this cluster more, or this island less: `--resource`; or wait longer for room: `--wait-s`",
+        )
         self._place = Place(cluster, island, self._ranks)
         actor, line = self._place.actor, partial(connect, run, self._token, self._process)
-        self._node, self._pid = ray.get(actor.place.remote(), timeout=cluster.placement_timeout_s)
+        within_s = max(self._wait_s, START_S)
+        self._node, self._pid = ray.get(actor.place.remote(), timeout=within_s)
         self._life = actor.live.remote(run.island_job(), island, self._process, line, run.config.sync)
-        if not self._place.wait_for_ranks(self._life, cluster.placement_timeout_s):
-            raise exceptions.GetTimeoutError(f"no room for its ranks in {cluster.placement_timeout_s:g} s")
+        if not self._place.wait_for_ranks(self._life, within_s):
+            raise exceptions.GetTimeoutError(f"no room for its ranks in {within_s:g} s")
 
     def wait(self, look: Callable[[], Mapping[str, Any] | None]) -> str:
         """Why it ended; raises what ended it. look: how the run stands, now and then."""

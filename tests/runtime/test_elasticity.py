@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,17 +14,26 @@ from ray._private.authentication.authentication_token_setup import (
     ensure_token_if_auth_enabled,
 )
 from ray._private.state import actors as all_actors
+from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.core.generated.common_pb2 import LabelSelector
+from ray.util.placement_group import placement_group_table
 
-from diloco_ray.config import RunConfig
+from diloco_ray import api
+from diloco_ray.config import ClusterSettings, RunConfig
 from diloco_ray.document import replica_of
 from diloco_ray.errors import ClusterError
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.verify import verify
+from diloco_ray.run import open_run
 from diloco_ray.runtime import driver
+from diloco_ray.runtime.cluster import wait_for_places
 from diloco_ray.runtime.coordinator_actor import CoordinatorActor
+from diloco_ray.simulation.in_process import begin
+from diloco_ray.transport.tokens import create_token
 from tests.conftest import Pace
+from tests.mail import SECRET, office_open
 from tests.processes import Watched, epochs, num_alive, run_folder
 
 pytestmark = pytest.mark.ray
@@ -68,6 +79,77 @@ def test_more_islands_than_the_cluster_can_place_are_waited_for_and_then_refused
     assert "can place 2 of at least 5 islands" in str(caught.value)
     assert "CPU: 5 needed, 2 in the cluster" in str(caught.value)
     assert any("waiting up to 1 s" in text for text in watched.texts)
+
+
+class Demand:
+    """What Ray's autoscaler would be asked for, if there were one, while islands are waited for."""
+
+    def __init__(self, cluster: Cluster):
+        self._gcs = ray._raylet.GcsClient(address=cluster.address)
+
+    def of_groups(self) -> list[list[tuple[dict[str, float], dict[str, str]]]]:
+        """Resources and labels of each bundle of each placement group that has no place."""
+        asked = get_cluster_resource_state(self._gcs).pending_gang_resource_requests
+        return [
+            [
+                (
+                    dict(bundle.resources_bundle),
+                    {term.label_key: ",".join(term.label_values) for term in labels.label_constraints},
+                )
+                for bundle in group.bundle_selectors[0].resource_requests
+                for labels in bundle.label_selectors[:1] or [LabelSelector()]
+            ]
+            for group in asked
+        ]
+
+    def wait_for(self, groups: list[list[tuple[dict[str, float], dict[str, str]]]]) -> None:
+        until_s = time.monotonic() + 60
+        while sorted(map(str, self.of_groups())) != sorted(map(str, groups)):
+            assert time.monotonic() < until_s, self.of_groups()
+            time.sleep(0.1)
+
+
+def test_islands_that_are_waited_for_are_demand_for_an_autoscaler_and_afterwards_it_is_gone(cluster: Cluster) -> None:
+    """Each by itself, all ranks of an island together, and with the labels of its own nodes."""
+    demand, told = Demand(cluster), list[str]()
+    settings = ClusterSettings.model_validate(
+        {"island_resources": {"CPU": 1, "seat": 1, "GPU": 0}, "label_selector": {"site": "{island}"}}
+    )
+    names = ["island-00", "island-01"]
+    groups = [[({"CPU": 1.0, "seat": 1.0}, {"site": name})] * 2 for name in names]
+
+    def wait() -> None:
+        wait_for_places(settings, names, 2, told.append, least=1, within_s=60, where="here", remedy="more")
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    demand.wait_for(groups)
+    add_node(cluster, resources={"seat": 2}, labels={"site": "island-01"})
+    waiting.join(60)
+    assert not waiting.is_alive()
+    demand.wait_for([])
+    assert len(told) == 1
+    assert [group["state"] for group in placement_group_table().values()] == ["REMOVED"] * 2
+    with pytest.raises(ClusterError, match="after 1 s"):
+        wait_for_places(settings, names, 2, told.append, least=2, within_s=1, where="here", remedy="more")
+    demand.wait_for([])
+
+
+@pytest.mark.parametrize(("of_recipe_s", "wait_s"), [(300, 1), (1, 4)])
+def test_an_island_waits_for_room_on_its_own_cluster_as_long_as_its_command_says(
+    of_recipe_s: float, wait_s: float, cluster: Cluster, tiny: dict[str, Any]
+) -> None:
+    """The recipe's time-out is for nodes of the coordinator's cluster."""
+    away = {"external_islands": 3, "placement_timeout_s": of_recipe_s}
+    run, told = open_run(RunConfig.from_dict({**tiny, "sync": {"poll_s": 0.1}, "cluster": away})), list[str]()
+    token = create_token(run.store, run.run_id, SECRET, "eu-1")
+    coordinator = office_open(run.store, begin(run), run.coordinator_job(), run.config.model_dump(mode="json"))
+    with coordinator, pytest.raises(ClusterError) as caught:
+        api.join(run.store.url, token.text, resources={"CPU": 64}, wait_s=wait_s, tell=told.append)
+    shortage = "the cluster can place 0 of at least 1 islands (CPU: 64 needed, 2 in the cluster)"
+    assert told == [f"{shortage}; waiting up to {wait_s} s"]
+    assert caught.value.what == f"{shortage} after {wait_s} s"
+    assert "--wait-s" in caught.value.remedy
 
 
 def elastic(paced: dict[str, Any], least: int) -> dict[str, Any]:
