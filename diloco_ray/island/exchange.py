@@ -20,7 +20,7 @@ from diloco_ray.coordination.messages import Contribution, InnerPlan
 from diloco_ray.errors import ClusterError
 from diloco_ray.island.handover import Bell, Plans
 from diloco_ray.island.job import Identity, IslandJob, RoundAbandonedError, RunOverError, fenced
-from diloco_ray.island.outbox import Outbox, Outgoing
+from diloco_ray.island.outbox import Fates, Outbox, Outgoing
 from diloco_ray.island.threads import Mailbox, OsThreads, Threads, start_thread
 from diloco_ray.transport.follower import Follower
 from diloco_ray.transport.protocol import Beat, Hello, Transport
@@ -41,8 +41,7 @@ class Exchange:
         self.base = [torch.empty(size) for size in sizes]  # what outer gradients are measured from
         self.base_versions = [0 for _ in sizes]
         self._targets: list[int | None] = [None for _ in sizes]  # versions to replay to; None: the newest
-        self._own_rounds = [-1 for _ in sizes]  # of this island, committed
-        self._plans, self._outbox = Plans(), Outbox(job)
+        self._plans, self._outbox, self._fates = Plans(), Outbox(job), Fates(job, identity.island)
         self.residuals = self._outbox.residuals
         self._error: Exception | None = None
         self._threads, self._has_threads, self._is_sending = threads or OsThreads(), False, False
@@ -75,7 +74,7 @@ class Exchange:
     def start(self) -> None:
         if not self.incarnation:
             self.say_hello()
-        self._follower.load_snapshot()
+        self._fates.begin(self._follower.load_snapshot().versions)
         self.listen(0.0)
 
     def start_threads(self, follow_s: float) -> None:
@@ -197,24 +196,32 @@ class Exchange:
             item.was_sent_back = verdict.status == "full"
             if verdict.status == "rejected":
                 self._refused(item)
+            if verdict.status == "committed":
+                self._fates.told(item)
             if verdict.status != "unknown":
                 return
             self.say_hello()  # a restarted coordinator knows us again and awaits this very contribution
         raise ClusterError("the coordinator forgot this island ten times in a row", where=contribution.island)
 
     def _refused(self, refused: Outgoing) -> None:
-        """It may have been late, or a double; or the whole plan is void, which the next beat would tell as well."""
-        with self.bell:
-            self._outbox.drop(lambda item: item is refused)
+        """Nothing is awaited of it any more; or its whole plan is void, which the next beat would tell as well."""
         lease_id = refused.plan.lease_id
         beat = Beat(self.identity.island, self.incarnation, lease_id, dict(self.progress))
-        if not self.over and self.transport.beat(beat) == "abandon":
+        order = "go_on" if self.over else self.transport.beat(beat)
+        if order == "rejoin":
+            return  # a restarted coordinator is sent it again, and judges for itself
+        if order == "abandon":
             self.void(lease_id)
+        with self.bell:
+            self._outbox.drop(lambda item: item is refused)
+            if order == "go_on":
+                self._fates.told(refused)
 
     # ---- listening ----
 
     def listen(self, wait_s: float) -> None:
-        wait_s = 0.0 if self._said_hello else wait_s  # there may be something to send again at once
+        words = self._fates.words  # they count when the records that they speak of have come
+        wait_s = 0.0 if self._said_hello or words else wait_s  # there may be something to send again at once
         news = self.transport.follow(
             self.identity.island, self.incarnation, self._follower.index, wait_s, self._plans.newest_lease
         )
@@ -230,16 +237,14 @@ class Exchange:
                 return
             case "ok":
                 pass
-        if news.records or news.plan:
+        if news.records or news.plan or words:
             with self.bell.ringing():
                 for record in self._follower.receive(news.records):
-                    own = [share.round for share in record.shares if share.island == self.identity.island]
-                    p = record.fragment
-                    self._own_rounds[p] = max([self._own_rounds[p], *own])
-                    self._follower.replay(p, self._targets[p])
-                self._outbox.drop(
-                    lambda item: bool(item.contribution) and self._is_final(item.fragment.index, item.plan.round)
-                )
+                    self._fates.read(record)
+                    self._follower.replay(record.fragment, self._targets[record.fragment])
+                if not news.records:
+                    self._fates.believe(words)
+                self._outbox.drop(lambda item: bool(item.contribution) and self._fates.are_known(*item.key))
                 if news.plan:
                     self._plans.receive(news.plan, self._outbox.plans)
         self._send_again()
@@ -253,11 +258,6 @@ class Exchange:
             if item.contribution:
                 self._submit(item, item.contribution)
 
-    def _is_final(self, fragment: int, round: int) -> bool:
-        if self._in_step:
-            return self._follower.received_version(fragment) > round
-        return self._own_rounds[fragment] >= round
-
     # ---- merging ----
 
     @property
@@ -267,7 +267,7 @@ class Exchange:
     def has_closed(self, fragment: int, round: int) -> bool:
         """Whether a contribution to this round would come too late, or has come from an earlier life of this island."""
         with self.bell:
-            return self._is_final(fragment, round)
+            return self._fates.are_known(fragment, round)
 
     def aim(self, fragment: int, round: int | None) -> None:
         """What the fragment is merged with next is the outer step of this round: no later one is replayed before."""
@@ -284,7 +284,7 @@ class Exchange:
         """Whether the outer step that this round's contribution went into, or came too late for, is at hand."""
         with self.bell:
             replayed = self._follower.replica.versions[fragment] > round or not self._in_step
-            return replayed and self._is_final(fragment, round) and self.is_encoded(fragment)
+            return replayed and self._fates.are_known(fragment, round) and self.is_encoded(fragment)
 
     def arrived(self) -> list[int]:
         """Fragments that have moved on since they were fetched."""

@@ -1,6 +1,6 @@
 """An island's contributions, each ours until its fate is known (I3): copied, encoded, headed, kept to be sent again."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,7 @@ from diloco_ray.algorithm.outer_gradient import encode_outer_gradient_
 from diloco_ray.coordination.messages import Contribution, InnerPlan
 from diloco_ray.ids import sha256_hex
 from diloco_ray.island.job import IslandJob
+from diloco_ray.log.record import Record
 
 
 @dataclass
@@ -29,6 +30,11 @@ class Outgoing:
     contribution: Contribution | None = None
     was_sent_back: bool = False  # the coordinator was full
     payload: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Fragment and round."""
+        return self.fragment.index, self.plan.round
 
 
 class Outbox:
@@ -102,6 +108,52 @@ class Outbox:
 
     def drop(self, which: Callable[[Outgoing], bool]) -> None:
         self.items = [item for item in self.items if not which(item)]
+
+
+class Fates:
+    """Of each fragment, the round up to which it is known what became of this island's contributions.
+
+    Where islands go in step, an outer step decides on its whole round. Elsewhere the island's own share does, in a
+    record; or, where that is of an earlier life and lies before the snapshot that this one began with, the
+    coordinator's word. Guarded by the exchange's lock, but for `told` and `words`.
+    """
+
+    def __init__(self, job: IslandJob, island: str):
+        self._in_step, self._island = job.sync.closes == "all", island
+        self._known = [-1 for _ in job.layout.fragments]
+        self._words: list[tuple[int, int]] = []
+
+    def begin(self, versions: Iterable[int]) -> None:
+        """From a snapshot."""
+        if self._in_step:
+            self._known = [version - 1 for version in versions]
+
+    def read(self, record: Record) -> None:
+        own = [share.round for share in record.shares if share.island == self._island]
+        for round in [record.version - 1] if self._in_step else own:
+            self._know(record.fragment, round)
+
+    def told(self, item: Outgoing) -> None:
+        """The coordinator awaits it no more."""
+        if not self._in_step:
+            self._words.append(item.key)
+
+    @property
+    def words(self) -> list[tuple[int, int]]:
+        """What was told and is not believed yet: a record may be on its way that says more."""
+        return list(self._words)
+
+    def believe(self, words: Iterable[tuple[int, int]]) -> None:
+        """When every record is here that was there when these were told."""
+        for word in words:
+            self._know(*word)
+            self._words.remove(word)
+
+    def _know(self, fragment: int, round: int) -> None:
+        self._known[fragment] = max(self._known[fragment], round)
+
+    def are_known(self, fragment: int, round: int) -> bool:
+        return self._known[fragment] >= round
 
 
 def _copy(fragment: Fragment, tensors: Mapping[str, Tensor], values: Tensor) -> Callable[[], None]:

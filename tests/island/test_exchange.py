@@ -340,6 +340,67 @@ def test_where_nobody_goes_in_step_only_the_own_commit_settles_a_contribution(pl
     assert exchange.payload_of(PLAN, 0) is None
 
 
+OF_AN_EARLIER_LIFE = [
+    Verdict("committed"),
+    Verdict("rejected", "conflict: another payload with this key is committed"),
+    Verdict("rejected", "stale: a contribution to round 2 is committed, this one is for round 1"),
+]
+
+
+@pytest.mark.parametrize("verdict", OF_AN_EARLIER_LIFE, ids=lambda verdict: verdict.reason[:8] or verdict.status)
+def test_what_an_earlier_life_contributed_before_the_snapshot_is_not_waited_for(
+    played: Played, verdict: Verdict
+) -> None:
+    line = Script(played[0])
+    exchange = started(line, closes="quorum", quorum=2)
+    exchange.fetch(0)
+    line.verdict = verdict
+    post(exchange, PLAN)
+    exchange.check(PLAN)
+    assert not exchange.is_settled(0, 0)
+    line.news.append(News("ok", tuple(played[1])))  # it might have been among these, which are on their way
+    exchange.poll()
+    assert not exchange.is_settled(0, 0)
+    exchange.poll()
+    assert exchange.is_settled(0, 0)
+    assert (exchange.has_closed(0, 0), exchange.has_closed(0, 1)) == (True, False)
+    assert held_by(exchange) == ()
+    exchange.bell.wait(0.0)
+    rings = exchange.bell.num_rings
+    exchange.poll()
+    assert (len(line.sent), exchange.bell.num_rings) == (1, rings)
+
+
+def test_what_is_refused_with_its_plan_is_trained_and_sent_again(played: Played) -> None:
+    line = Script(played[0])
+    exchange = started(line, closes="quorum", quorum=2)
+    exchange.fetch(0)
+    line.verdict, line.order = Verdict("rejected", "values: the norm of the outer gradient is nan"), "abandon"
+    post(exchange, PLAN)
+    with pytest.raises(RoundAbandonedError):
+        exchange.check(PLAN)
+    exchange.abandon(PLAN)
+    exchange.poll()
+    assert not exchange.has_closed(0, 0)
+
+
+def test_what_a_coordinator_refused_that_then_died_is_judged_by_the_next_one(played: Played) -> None:
+    """Whether the plan was void by then, the next one cannot know: it is told of the plan as of work in hand."""
+    line = Script(played[0])
+    exchange = started(line, closes="quorum", quorum=2)
+    exchange.fetch(0)
+    line.verdict, line.order = Verdict("rejected", "values: the norm of the outer gradient is nan"), "rejoin"
+    post(exchange, PLAN)
+    line.news.append(News("rejoin"))
+    exchange.poll()
+    assert line.hellos[-1].held == (PLAN,)
+    line.order = "abandon"
+    exchange.poll()
+    assert len(line.sent) == 2
+    with pytest.raises(RoundAbandonedError):
+        exchange.check(PLAN)
+
+
 @pytest.mark.parametrize(("anchor", "version"), [("base", 0), ("present", 3)])
 def test_an_outer_gradient_is_measured_from_its_anchor(played: Played, anchor: str, version: int) -> None:
     line = Script(played[0])
