@@ -56,7 +56,7 @@ def _least(state: RunState) -> int:
 
 def _break_silence(state: RunState) -> RunState:
     """Where chance drops some of a round's contributions and the others are lost, one of the silent speaks."""
-    plans = [plan for plans in state.plans.values() for plan in plans]
+    plans = state.all_plans
     silent = [name for name in state.alive if any(p.island == name and p.first_round <= state.round for p in plans)]
     if not silent or any(plan.round == state.round for plan in plans):
         return state

@@ -107,6 +107,10 @@ class RunState:
     def alive(self) -> tuple[str, ...]:
         return names(self.members, "alive")
 
+    @property
+    def all_plans(self) -> list[InnerPlan]:
+        return [plan for plans in self.plans.values() for plan in plans]
+
     def is_whole(self, plan: InnerPlan) -> bool:
         """Whether the contribution that closes the plan's lease is accepted, and no other of it is waited for."""
         item = self.inbox.get((self.closing_fragment, plan.round, plan.island))

@@ -76,6 +76,39 @@ def test_a_quorum_of_more_than_are_left_is_all_that_are_left():
     assert world.shares() == [("a", 0), ("b", 0)]
 
 
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_islands_at_different_places_of_their_rounds_do_not_wait_for_each_other_for_ever(ahead: int):
+    """Without overlap each waits for its step, and a quorum of all would be at no fragment. They come together."""
+    world = by_quorum("a", "b", quorum=2, overlap=0, num_fragments=3, min_islands=1)
+    world.lose("b")
+    for fragment in range(ahead):
+        world.send("a", fragment)
+        world.islands["a"].sent += 1
+    world.join("b")
+    world.work("a")
+    assert (world.state.index, set(world.state.inbox)) == (ahead, {(ahead, 0, "a")})
+    world.work("b")
+    steps = [(step.fragment, [share.island for share in step.shares]) for step in world.log[ahead:]]
+    assert steps == [*((fragment, ["b"]) for fragment in range(ahead)), (ahead, ["a", "b"])]
+    assert world.log[ahead].reason == "1 of 2 in; the others wait for steps of other fragments"
+    assert world.log[-1].reason == "all 2 live islands in"
+
+
+def test_who_is_on_its_way_to_a_quorum_is_waited_for_though_the_others_are_at_different_places():
+    world = by_quorum("a", "b", "c", quorum=3, overlap=0, num_fragments=2, min_islands=1)
+    world.lose("b", "c")
+    world.send("a", 0)
+    world.islands["a"].sent += 1
+    world.join("b", "c")
+    world.work("a", "b")
+    assert world.state.index == 1
+    world.work("c")
+    assert (world.log[-1].fragment, world.shares()) == (0, [("b", 0), ("c", 0)])
+    world.work("b", "c")
+    assert (world.log[-1].fragment, world.shares()) == (1, [("a", 0), ("b", 0), ("c", 0)])
+    assert world.log[-1].reason == "all 3 live islands in"
+
+
 def test_what_a_lost_island_had_contributed_enters_the_next_step():
     world = by_quorum("a", "b", "c", quorum=2)
     world.work("a")

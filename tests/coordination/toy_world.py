@@ -334,8 +334,10 @@ class World:
             )
         if self.rules.closes == "quorum" and self.rules.overlap:
             return True
-        unmerged = [c for _, c in island.outgoing if c.fragment == fragment and not self.is_final(c)]
-        return len(unmerged) <= self.lag
+        unmerged = [c for _, c in island.outgoing if not self.is_final(c)]
+        if not self.rules.overlap:
+            return not unmerged
+        return len([c for c in unmerged if c.fragment == fragment]) <= self.lag
 
     def send(self, name: str, fragment: int = 0, payload: str = "") -> Verdict:
         island = self.islands[name]
