@@ -102,7 +102,10 @@ def test_every_pod_says_what_it_takes_and_may_do_little(documents: list[Document
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
         assert pod["spec"]["automountServiceAccountToken"] is False
-        assert container["image"].rpartition(":")[2] not in ("", "latest")
+        _, colon, tag = container["image"].rpartition(":")
+        assert colon
+        assert "/" not in tag, "a registry's port is no tag"
+        assert tag not in ("", "latest")
 
 
 def test_nobody_comes_in_from_another_namespace_but_kuberay(documents: list[Document]) -> None:
@@ -117,6 +120,68 @@ def test_nobody_comes_in_from_another_namespace_but_kuberay(documents: list[Docu
     assert inward == [("operator", {}, [{"port": 8265, "protocol": "TCP"}]), ("ray-cluster", None, None)]
     outward = {port["port"] for rule in policies["ray-cluster"]["egress"] for port in rule.get("ports", [])}
     assert outward - {5000} == {53, 443}
+
+
+def selects(selector: Document, labels: dict[str, str]) -> bool:
+    """Whether a label selector is for what has these labels, as Kubernetes reads it: an empty one is for all."""
+    fits = {
+        "In": lambda key, values: labels.get(key) in values,
+        "NotIn": lambda key, values: labels.get(key) not in values,
+        "Exists": lambda key, _: key in labels,
+        "DoesNotExist": lambda key, _: key not in labels,
+    }
+    wanted = [fits[e["operator"]](e["key"], e.get("values")) for e in selector.get("matchExpressions", [])]
+    return all(wanted) and selector.get("matchLabels", {}).items() <= labels.items()
+
+
+def comes_in(documents: list[Document], labels: dict[str, str]) -> bool:
+    """Whether some policy lets a pod with these labels in from another namespace."""
+    policies = [d["spec"] for d in documents if d["kind"] == "NetworkPolicy"]
+    anybody = [{"namespaceSelector": {}}]
+    peers = [peer for policy in policies for rule in policy.get("ingress", []) for peer in rule.get("from") or anybody]
+    namespace = {"kubernetes.io/metadata.name": "elsewhere"}
+    return any(
+        selects(peer["namespaceSelector"], namespace) and selects(peer.get("podSelector", {}), labels)
+        for peer in peers
+        if "namespaceSelector" in peer  # another peer's pods are of the policy's own namespace
+    )
+
+
+def test_the_operator_comes_in_and_the_pods_of_other_ray_clusters_do_not(documents: list[Document]) -> None:
+    """Labels as KubeRay 1.6 and 1.7 set them: its chart, its own kustomization, and its controller on Ray pods."""
+    name, component = "app.kubernetes.io/name", {"app.kubernetes.io/component": "kuberay-operator"}
+    assert comes_in(documents, {name: "kuberay-operator", "app.kubernetes.io/instance": "kuberay", **component})
+    assert comes_in(documents, {name: "kuberay", **component})
+    for node_type in ("head", "worker"):
+        of_ray = {
+            name: "kuberay",
+            "app.kubernetes.io/created-by": "kuberay-operator",
+            "ray.io/is-ray-node": "yes",
+            "ray.io/node-type": node_type,
+            "ray.io/cluster": "another",
+            "ray.io/group": "another",
+        }
+        assert not comes_in(documents, of_ray)
+    assert not comes_in(documents, {})
+
+
+@pytest.mark.parametrize(
+    ("selector", "is_for_it"),
+    [
+        ({}, True),
+        ({"matchLabels": {"a": "1"}}, True),
+        ({"matchLabels": {"a": "2"}}, False),
+        ({"matchLabels": {"b": "1"}}, False),
+        ({"matchExpressions": [{"key": "a", "operator": "In", "values": ["1", "2"]}]}, True),
+        ({"matchExpressions": [{"key": "a", "operator": "NotIn", "values": ["1"]}]}, False),
+        ({"matchExpressions": [{"key": "b", "operator": "NotIn", "values": ["1"]}]}, True),
+        ({"matchExpressions": [{"key": "b", "operator": "Exists"}]}, False),
+        ({"matchExpressions": [{"key": "b", "operator": "DoesNotExist"}]}, True),
+        ({"matchLabels": {"a": "1"}, "matchExpressions": [{"key": "a", "operator": "DoesNotExist"}]}, False),
+    ],
+)
+def test_a_selector_is_read_as_kubernetes_reads_it(selector: Document, is_for_it: bool) -> None:
+    assert selects(selector, {"a": "1"}) is is_for_it
 
 
 def test_a_budget_counts_pods_that_are_there(documents: list[Document]) -> None:
