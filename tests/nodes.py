@@ -6,24 +6,26 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 
 class Node:
-    """`ray start --block` with these options, and all that it has started. environment: beside this process's own."""
+    """`ray start --block` with these options, and all that it has started. under: the command that starts it, where it
+    is not started as it is. environment: beside this process's own."""
 
-    def __init__(self, address: str, *options: str, **environment: str):
+    def __init__(self, address: str, *options: str, under: Sequence[str] = (), **environment: str):
         self.address = address
         ray = str(Path(sys.executable).with_name("ray"))
         self._process = subprocess.Popen(
-            [ray, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000", *options],
+            [*under, ray, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000", *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, **environment},
         )
+        self.pid = self._process.pid
         assert self._process.stdout is not None
         said = list[str]()
         while not (said and "Ray runtime started" in said[-1]):
@@ -31,7 +33,7 @@ class Node:
             assert said[-1], "".join(said)
 
     def processes(self) -> set[int]:
-        """Its own and all below it."""
+        """Its own and all below it, by the numbers that this process knows them by."""
         parents = dict[int, int]()
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
@@ -67,9 +69,9 @@ def head_node(port: int, *options: str, **environment: str) -> Iterator[Node]:
 
 
 @contextmanager
-def another_node(head: Node, *options: str) -> Iterator[Node]:
+def another_node(head: Node, *options: str, under: Sequence[str] = ()) -> Iterator[Node]:
     """Of the same cluster."""
-    node = Node(head.address, f"--address={head.address}", *options)
+    node = Node(head.address, f"--address={head.address}", *options, under=under)
     try:
         yield node
     finally:

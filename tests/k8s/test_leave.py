@@ -1,5 +1,7 @@
-"""The preStop hook of an island's pod, with a process in the island's place and a script in the place of `ray`."""
+"""The preStop hook of an island's pod: with a process in the island's place and a script in the place of `ray`, and
+as it is on a node of a real Ray cluster with a real island."""
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -8,10 +10,14 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from tests.conftest import Pace
 from tests.k8s.manifests import K8S
+from tests.nodes import another_node, head_node
+from tests.processes import parent_of, run_folder, training, write_recipe
 
 WAITS = (
     "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print(1, flush=True); signal.pause()"
@@ -89,5 +95,51 @@ def test_the_hook_looks_for_islands_as_ray_titles_them(hook: ModuleType) -> None
 
     from diloco_ray.runtime.island_actor import IslandActor
 
-    for name in (IslandActor.__ray_metadata__.class_name, RayTrainWorker.__name__):
+    for name in (IslandActor.__ray_metadata__.class_name, RayTrainWorker.__name__):  # type: ignore[attr-defined]
         assert f"ray::{name}".startswith(hook.ISLANDS)
+
+
+def test_the_hook_needs_nothing_but_python() -> None:
+    names = set[str]()
+    for node in ast.walk(ast.parse((K8S / "leave.py").read_text())):
+        names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+        names |= {str(node.module)} if isinstance(node, ast.ImportFrom) else set()
+    assert names
+    assert names - sys.stdlib_module_names == set()
+
+
+# ---- on a real node ----
+
+POD = ["unshare", "--map-root-user", "--pid", "--fork", "--mount-proc"]  # sees no processes but its own, as a pod does
+EXEC = ["nsenter", "--user", "--preserve-credentials", "--pid", "--mount", "--target"]
+
+
+@pytest.mark.ray
+def test_on_a_node_like_a_pod_the_hook_drains_that_node_and_its_island_says_goodbye_and_is_gone(
+    paced: dict[str, Any], pace: Pace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if subprocess.run([*POD, "true"], capture_output=True).returncode:
+        pytest.skip("no node like a pod: `unshare --map-root-user --pid` is not allowed here")
+    recipe = {**paced, "islands": 1, "rounds": 1000, "cluster": {"island_resources": {"CPU": 1}}}
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    pace.slow_down(0.05)
+    port = 25000 + os.getpid() % 2000
+    with head_node(port, "--num-cpus=0") as head, another_node(head, "--num-cpus=1", under=POD) as pod:
+        monkeypatch.setenv("RAY_ADDRESS", head.address)
+        with training(write_recipe(tmp_path, recipe), run_folder(recipe)) as train:
+            train.wait_until(lambda s: s["islands"][0]["state"] == "alive" and s["islands"][0]["step"] > 0)
+            pace.slow_down(5)  # the island hears of it within a step, and the hook waits for it
+            (first,) = [pid for pid in pod.processes() if parent_of(pid) == pod.pid]
+            hook = [*EXEC, str(first), sys.executable, str(K8S / "leave.py"), "60"]
+            done = subprocess.run(hook, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+            assert "was not drained" not in done.stderr
+            assert [pid for pid in pod.processes() if title(pid).startswith("ray::Island")] == []
+            status = train.wait_until(lambda s: s["islands"][0]["state"] != "alive")
+            assert (status["islands"][0]["state"], status["islands"][0]["reason"]) == ("left", "preempted")
+
+
+def title(pid: int) -> str:
+    line = Path(f"/proc/{pid}/cmdline")
+    return line.read_text() if line.exists() else ""
