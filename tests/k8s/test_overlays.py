@@ -1,13 +1,17 @@
 """What the overlays come to: Kubernetes' own kinds, what KubeRay asks beyond its schema, and what the parts promise."""
 
+import inspect
 import re
 from typing import Any
 
 import pytest
+from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 
+from diloco_ray.runtime import outpost
 from diloco_ray.runtime.island_process import FAREWELL_S, LOOK_EVERY_S
 from tests.k8s.manifests import K8S, OVERLAYS, ROOT, VERSIONS, Document, only, render, whats_wrong_built_in
 
+RAY_WAITS = "RAY_JOB_STOP_WAIT_TIME_S"  # for a job that it has told to stop; then it kills it
 RAY_DRAINS_S = 30  # `ray start` at SIGTERM, which it gets after the hook
 JOINS = [name for name in OVERLAYS if "coordinator" not in name]  # what has islands
 
@@ -201,6 +205,13 @@ def test_a_pod_with_an_island_gives_it_time_to_leave(overlay: str) -> None:
         assert hook == ["python", "k8s/leave.py"]
         assert float(seconds) >= LOOK_EVERY_S + FAREWELL_S
         assert pod["spec"]["terminationGracePeriodSeconds"] > float(seconds) + RAY_DRAINS_S
+
+
+def test_ray_lets_a_job_that_is_stopped_say_goodbye(documents: list[Document]) -> None:
+    head = pods(documents)[0]["spec"]["containers"][0]
+    (seconds,) = [float(variable["value"]) for variable in head["env"] if variable["name"] == RAY_WAITS]
+    assert seconds > outpost.FAREWELL_S
+    assert RAY_WAITS in inspect.getsource(JobSupervisor), "Ray reads it under another name"
 
 
 def test_the_components_reach_every_island() -> None:
