@@ -48,7 +48,7 @@ def only(documents: list[Document], kind: str) -> Document:
 
 
 def entrypoints() -> dict[str, list[str]]:
-    """The command of each overlay that sets one, in words, as its kustomization.yaml has it: needs no renderer."""
+    """The command of each overlay in words, as the files have it: needs no renderer."""
     commands = {}
     for overlay in OVERLAYS:
         kustomization = yaml.safe_load((K8S / "overlays" / overlay / "kustomization.yaml").read_text())
@@ -56,7 +56,13 @@ def entrypoints() -> dict[str, list[str]]:
             for change in yaml.safe_load(patch["patch"]):
                 if change["path"] == "/spec/entrypoint":
                     commands[overlay] = shlex.split(change["value"])
-    return commands
+    with_gpu = [*commands["island"], *words_for_gpus("island")]
+    return {overlay: commands.get(overlay, with_gpu) for overlay in OVERLAYS}  # gpu and spot set none
+
+
+def words_for_gpus(job: str) -> list[str]:
+    """What the component `gpu` adds to the command of this RayJob."""
+    return shlex.split(yaml.safe_load((K8S / "components" / "gpu" / "gpu.yaml").read_text())["commands"][job])
 
 
 # ---- KubeRay's schemas ----

@@ -1,5 +1,6 @@
 """The commands in the manifests are commands: script, options, recipe and overrides are there."""
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,13 +12,21 @@ import pytest
 import yaml
 
 from diloco_ray.config import RunConfig
-from tests.k8s.manifests import K8S, OVERLAYS, ROOT, entrypoints, only, render
+from diloco_ray.ids import island_name
+from diloco_ray.runtime.cluster import selector_of
+from tests.k8s.manifests import K8S, OVERLAYS, ROOT, entrypoints, only, render, words_for_gpus
 
 COMMANDS = entrypoints()
 
 
 def overrides(words: list[str]) -> list[str]:
     return [value for option, value in pairwise(words) if option == "--set"]
+
+
+def run_of(overlay: str) -> RunConfig:
+    """The run that the overlay's command trains."""
+    words = COMMANDS[overlay]
+    return RunConfig.from_yaml(ROOT / words[2], overrides(words))
 
 
 @cache
@@ -36,22 +45,31 @@ def unknown(words: list[str]) -> list[str]:
     return [word for word in arguments if word.startswith("--") and word not in help_of(script)]
 
 
-def test_every_overlay_runs_the_command_that_its_file_sets() -> None:
-    for overlay in OVERLAYS:
-        set_here = COMMANDS.get(overlay, [*COMMANDS["island"], "--resource", "GPU=1"])  # gpu and spot
-        assert only(render(overlay), "RayJob")["spec"]["entrypoint"].split() == set_here
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_overlay_runs_the_command_that_its_files_set(overlay: str) -> None:
+    assert shlex.split(only(render(overlay), "RayJob")["spec"]["entrypoint"]) == COMMANDS[overlay]
 
 
-@pytest.mark.parametrize("overlay", COMMANDS)
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_its_words_are_the_same_behind_both_shells(overlay: str) -> None:
+    """KubeRay's submitter is a line of bash with `ray job submit`, which joins the words for a shell of the head's."""
+    line = only(render(overlay), "RayJob")["spec"]["entrypoint"]
+    for shell in ("bash", "sh"):
+        done = subprocess.run(
+            [shell, "-c", f"printf '%s\\n' {line}"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        line = subprocess.list2cmdline(done.stdout.splitlines())
+    assert done.stdout.splitlines() == COMMANDS[overlay]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_its_script_and_options_are_there(overlay: str) -> None:
     assert unknown(COMMANDS[overlay]) == []
 
 
 @pytest.mark.parametrize("overlay", [name for name, words in COMMANDS.items() if words[1] == "jobs/train.py"])
 def test_its_recipe_and_overrides_make_a_run_in_a_bucket(overlay: str) -> None:
-    words = COMMANDS[overlay]
-    config = RunConfig.from_yaml(ROOT / words[2], overrides(words))
-    assert config.storage.path.startswith("s3://")
+    assert run_of(overlay).storage.path.startswith("s3://")
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl on the PATH")
@@ -63,8 +81,8 @@ def test_with_gpus_a_single_cluster_asks_for_them_too(tmp_path: Path) -> None:
     done = subprocess.run(["kubectl", "kustomize", str(mine)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     job = only(list(yaml.safe_load_all(done.stdout)), "RayJob")
-    words = job["spec"]["entrypoint"].split()
-    assert words == [*COMMANDS["single-cluster"], "--set", "cluster.island_resources.GPU=1"]
+    words = shlex.split(job["spec"]["entrypoint"])
+    assert words == [*COMMANDS["single-cluster"], *words_for_gpus("training")]
     assert RunConfig.from_yaml(ROOT / words[2], overrides(words)).cluster.island_resources["GPU"] == 1
     groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     limits = [group["template"]["spec"]["containers"][0]["resources"]["limits"] for group in groups]
@@ -73,15 +91,33 @@ def test_with_gpus_a_single_cluster_asks_for_them_too(tmp_path: Path) -> None:
 
 def test_an_island_is_of_the_run_that_its_coordinator_has() -> None:
     for coordinator, island in (("coordinator", "island"), ("local-coordinator", "local-island")):
-        words = COMMANDS[coordinator]
-        assert COMMANDS[island][2] == RunConfig.from_yaml(ROOT / words[2], overrides(words)).run_url
+        assert COMMANDS[island][2] == run_of(coordinator).run_url
 
 
-def test_islands_are_placed_on_the_nodes_that_have_the_label() -> None:
-    words = COMMANDS["single-cluster"]
-    config = RunConfig.from_yaml(ROOT / words[2], overrides(words))
+@pytest.mark.parametrize("overlay", ["coordinator", "local-coordinator"])
+def test_a_run_begins_with_the_one_island_that_the_guide_makes(overlay: str) -> None:
+    assert run_of(overlay).min_islands == 1
+
+
+def test_each_island_of_the_single_cluster_has_a_worker_group_for_itself() -> None:
+    config = run_of("single-cluster")
     groups = only(render("single-cluster"), "RayJob")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert [group["labels"] for group in groups] == [config.cluster.label_selector] * config.max_islands
+    names = [island_name(number) for number in range(config.max_islands)]
+    assert len(groups) == len(names)
+    assert [group["replicas"] for group in groups] == [1] * len(names)
+    for name in names:
+        wanted = selector_of(config.cluster, name).items()
+        assert [group["groupName"] for group in groups if wanted <= group["labels"].items()] == [name]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_command_waits_for_the_islands_pods_as_long_as_kuberay_does(overlay: str) -> None:
+    spec, words = only(render(overlay), "RayJob")["spec"], COMMANDS[overlay]
+    if not spec["rayClusterSpec"].get("workerGroupSpecs"):
+        return  # its islands' pods are elsewhere
+    is_island = words[1] == "jobs/island.py"
+    waits_s = dict(pairwise(words)).get("--wait-s", 0) if is_island else run_of(overlay).cluster.placement_timeout_s
+    assert float(waits_s) >= spec["preRunningDeadlineSeconds"]
 
 
 def test_an_option_that_is_not_there_is_found() -> None:
