@@ -66,7 +66,7 @@ class CoordinatorActor:
         while verdict.status == "pending" and asyncio.get_running_loop().time() < until:
             await self._change(until - asyncio.get_running_loop().time())
             verdict = self._coordinator.verdict_on(contribution)
-        return Verdict("unknown") if verdict.status == "pending" else verdict
+        return verdict
 
     async def follow(self, island: str, incarnation: int, after: int, wait_s: float, held: str) -> News:
         until = asyncio.get_running_loop().time() + wait_s

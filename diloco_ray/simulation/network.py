@@ -133,6 +133,9 @@ class Line(CallingTransport):
     def __init__(self, network: Network, process: Process, deadline_s: float):
         self._network, self._process, self._deadline_s = network, process, deadline_s
 
+    def _now_s(self) -> float:
+        return self._network.hub.now_s
+
     def _call(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
         hub = self._network.hub
         until_s, attempt_s = hub.now_s + self._deadline_s, CALL_S

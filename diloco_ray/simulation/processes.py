@@ -143,7 +143,7 @@ class CoordinatorLife:
             assert self.coordinator is not None
             verdict = self.coordinator.verdict_on(contribution)
         payload[:] = 0  # what lies in the sender's memory may be gone once it is answered
-        return Verdict("unknown") if verdict.status == "pending" else verdict
+        return verdict
 
     def _news(self, island: str, incarnation: int, after: int, wait_s: float, held: str) -> News:
         until_s = self._hub.now_s + wait_s

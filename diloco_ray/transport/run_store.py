@@ -71,7 +71,7 @@ class RunStoreTransport(CallingTransport):
         self._numbers, self._numbering = 0, threading.Lock()
         self._is_told = False
 
-    def submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
+    def _submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
         return self._call("submit", contribution, payload=payload)
 
     def follow(self, island: str, incarnation: int, after: int, wait_s: float, held: str = "") -> News:
