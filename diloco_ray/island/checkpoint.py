@@ -1,8 +1,8 @@
 """An island's own checkpoint: the inner optimizer's state at the start of a round, and what error feedback keeps back.
 
-It is written before the round's contribution is submitted, and the one before it is kept: whatever the coordinator
-has committed when everything stops, the island can go on from there bit for bit. Parameters are not in it; they come
-from the log.
+It is written before the round's contribution is submitted, and those before it are kept of which the work may have to
+be done again: whatever the coordinator has committed when everything stops, the island can go on from there bit for
+bit. Parameters are not in it; they come from the log.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from diloco_ray.island.inner_optimizer import InnerOptimizer, load_state_tensors
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import load_tensors, save_tensors
 
-KEPT = 2
+KEPT = 3  # an island has two plans in hand at most, and both may be done when the first of them is void
 RESIDUALS = "residuals-"
 
 

@@ -1,4 +1,4 @@
-"""An island's own checkpoints: the two that can be needed are there, whatever else lies in the folder."""
+"""An island's own checkpoints: the three that can be needed are there, whatever else lies in the folder."""
 
 from pathlib import Path
 
@@ -65,14 +65,14 @@ def test_an_empty_folder_has_nothing_to_load(checkpoints: IslandCheckpoints) -> 
     assert loaded(checkpoints, 3) == (None, 0)
 
 
-def test_the_newest_two_are_kept_and_no_file_of_older_ones_is_left(
+def test_the_newest_three_are_kept_and_no_file_of_older_ones_is_left(
     checkpoints: IslandCheckpoints, folder: Path
 ) -> None:
     for round in range(1, 6):
         checkpoints.save(round, optimizer_after(round), None)
-        assert checkpoints.rounds() == list(range(max(1, round - 1), round + 1))
-    assert {path.name[:8] for path in folder.iterdir()} == {"00000004", "00000005"}
-    assert len(list(folder.iterdir())) == 4
+        assert checkpoints.rounds() == list(range(max(1, round - 2), round + 1))
+    assert {path.name[:8] for path in folder.iterdir()} == {"00000003", "00000004", "00000005"}
+    assert len(list(folder.iterdir())) == 6
 
 
 def test_a_deleted_checkpoint_leaves_no_file(checkpoints: IslandCheckpoints, folder: Path) -> None:
@@ -117,11 +117,11 @@ def test_files_that_no_island_wrote_count_for_nothing(checkpoints: IslandCheckpo
 def test_later_rounds_of_another_run_do_not_cost_this_run_its_own(checkpoints: IslandCheckpoints, folder: Path) -> None:
     for round in (8, 9):
         other_run(folder).save(round, optimizer_after(9), None)
-    for round in (1, 2, 3):
+    for round in (1, 2, 3, 4):
         checkpoints.save(round, optimizer_after(round), None)
-    assert loaded(checkpoints, 3) == ((3, None), 3)
+    assert loaded(checkpoints, 4) == ((4, None), 4)
     assert loaded(checkpoints, 2) == ((2, None), 2)
-    assert checkpoints.rounds() == [2, 3, 8, 9]
+    assert checkpoints.rounds() == [2, 3, 4, 8, 9]
 
 
 @pytest.mark.parametrize("what", ["tensors", "name"])
@@ -156,10 +156,19 @@ def test_files_with_other_names_are_neither_read_nor_deleted(checkpoints: Island
     folder.mkdir(parents=True)
     for name in ("notes.json", "latest", "12.json.bak", "x.safetensors"):
         (folder / name).write_text("mine")
-    for round in range(1, 4):
+    for round in range(1, 5):
         checkpoints.save(round, optimizer_after(round), None)
-    assert checkpoints.rounds() == [2, 3]
+    assert checkpoints.rounds() == [2, 3, 4]
     assert {"notes.json", "latest", "12.json.bak", "x.safetensors"} <= {path.name for path in folder.iterdir()}
+
+
+def test_when_two_rounds_are_done_and_void_the_first_of_them_can_begin_again(checkpoints: IslandCheckpoints) -> None:
+    """With overlap the next round is trained, and saved after, before it is known that this one counts."""
+    for round in (5, 6, 7):
+        checkpoints.save(round, optimizer_after(round), None)
+        checkpoints.save_residuals(round, residuals(float(round), 0.0))
+    assert loaded(checkpoints, 5) == ((5, None), 5)
+    assert loaded_residuals(checkpoints, 5) == [5.0, 0.0]
 
 
 # ---- what error feedback keeps back ----
@@ -193,14 +202,14 @@ def test_a_round_that_does_not_count_puts_back_what_it_took_out(checkpoints: Isl
     assert loaded_residuals(checkpoints, 3) == [0.25, 0.75]
 
 
-def test_two_rounds_of_residuals_are_kept_whatever_rounds_are_left_out(
+def test_three_rounds_of_residuals_are_kept_whatever_rounds_are_left_out(
     checkpoints: IslandCheckpoints, folder: Path
 ) -> None:
     for round in (1, 2, 5, 9):
         checkpoints.save_residuals(round, residuals(float(round), 0.0))
         checkpoints.save(round, optimizer_after(round), None)
-    assert {path.name[:18] for path in folder.glob("residuals-*")} == {"residuals-00000005", "residuals-00000009"}
-    assert checkpoints.rounds() == [5, 9]
+    assert {path.name[10:18] for path in folder.glob("residuals-*")} == {"00000002", "00000005", "00000009"}
+    assert checkpoints.rounds() == [2, 5, 9]
 
 
 def test_residuals_that_are_damaged_or_of_another_run_are_passed_over(
