@@ -104,12 +104,12 @@ def test_one_of_another_run_is_ignored(checkpoints: IslandCheckpoints, folder: P
 
 
 def test_files_that_no_island_wrote_count_for_nothing(checkpoints: IslandCheckpoints, folder: Path) -> None:
-    for round in (1, 2):
+    for round in (1, 2, 3):
         checkpoints.save(round, optimizer_after(round), None)
     for name in (".DS_Store", "2.json", "\N{SUPERSCRIPT TWO}.json", "00000002 (1).json", "residuals-2.json"):
         (folder / name).write_bytes(b"x")
-    checkpoints.save(3, optimizer_after(3), None)
-    assert checkpoints.rounds() == [2, 3]
+    checkpoints.save(4, optimizer_after(4), None)
+    assert checkpoints.rounds() == [2, 3, 4]
     assert loaded(checkpoints, 2) == ((2, None), 2)
     checkpoints.load_residuals_(2, [torch.ones(3)])
 
