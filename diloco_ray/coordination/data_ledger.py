@@ -10,7 +10,8 @@ The sequences lie in one data shard or several, each with epochs of its own: isl
 number, and on no other.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from diloco_ray.coordination.messages import DataRange
@@ -18,6 +19,9 @@ from diloco_ray.ids import island_number
 
 Fate = str  # "committed" | "rejected" | "expired" | "rewound"
 FATES = ("committed", "rejected", "expired", "rewound")
+MAX_RANGES = 256  # of an adopted lease, besides one for each epoch in it; honest ones have a few
+MAX_PIECES = 4000  # leased out and given back: a lease that would cut the data finer than that is not adopted
+_LEASE_ID = re.compile(r"(0|[1-9][0-9]{0,17})\.([1-9][0-9]{0,17})")
 
 
 Place = tuple[int, int]  # epoch and position
@@ -94,41 +98,64 @@ class DataLedger:
         return replace(self, outstanding={**self.outstanding, lease.id: lease}, leased=self.leased + lease.num_tokens)
 
     def adopt(self, lease_id: str, island: str, ranges: tuple[DataRange, ...]) -> "DataLedger | None":
-        """Takes over a lease of an earlier coordinator life; None if any of its sequences is not free.
+        """Takes over a lease that its island was given before; None if any of its sequences is not free.
 
-        Nor does anyone hold work of another shard than its own, or further ahead than the next epoch: what says so is
-        not to move the cursor there.
+        Nor if it cannot have been given: under an id that is still to come, which the next lease would have as well;
+        on another shard than its island's; further ahead than the next epoch, where what says so is not to move the
+        cursor; in crumbs.
         """
-        if lease_id in self.outstanding:
-            return None
-        lease = Lease(lease_id, island, ranges, sum(r.num_sequences for r in ranges) * self.tokens_per_sequence)
-        ledger = self
-        for data_range in ranges:
-            own = data_range.shard == self.shard_of(island)
-            near = own and data_range.epoch <= ledger.cursor(data_range.shard)[0] + 1
-            without = ledger._take_out(data_range) if near else None
-            if without is None:
+        shard, wanted = self.shard_of(island), sorted(ranges)
+        size, (reach, _) = self.shard_sizes[shard], self.cursor(shard)
+        for data_range in wanted:
+            if data_range.shard != shard or data_range.epoch > reach + 1 or not self._is_place(data_range):
                 return None
-            ledger = without
-        return ledger._hold(lease)
+            reach = max(reach, data_range.epoch + (data_range.stop == size))
+        num_sequences = sum(data_range.num_sequences for data_range in wanted)
+        if not 0 < len(wanted) <= MAX_RANGES + num_sequences // size:
+            return None
+        if lease_id in self.outstanding or not self._was_given(lease_id):
+            return None
+        ledger, taken = self._without(wanted)
+        if taken is not None:
+            return None
+        ledger = ledger._hold(Lease(lease_id, island, ranges, num_sequences * self.tokens_per_sequence))
+        return ledger if ledger._num_pieces() <= MAX_PIECES else None
 
-    def _take_out(self, wanted: DataRange) -> "DataLedger | None":
-        if not 0 <= wanted.shard < len(self.shard_sizes):
-            return None
-        if not 0 <= wanted.start < wanted.stop <= self.shard_sizes[wanted.shard]:
-            return None
+    def _was_given(self, lease_id: str) -> bool:
+        """By this coordinator life, or perhaps by an earlier one."""
+        parts = _LEASE_ID.fullmatch(lease_id)
+        return parts is not None and (int(parts[1]), int(parts[2])) <= (int(self.prefix), self.num_leases)
+
+    def _num_pieces(self) -> int:
+        return len(self.returned) + sum(len(lease.ranges) for lease in self.outstanding.values())
+
+    def _is_place(self, wanted: DataRange) -> bool:
+        shard = wanted.shard
+        return 0 <= shard < len(self.shard_sizes) and 0 <= wanted.start < wanted.stop <= self.shard_sizes[shard]
+
+    def _without(self, wanted: Sequence[DataRange]) -> tuple["DataLedger", DataRange | None]:
+        """The ledger without these, given in order; and the first of them that is not free, which ends it."""
         ledger = self
-        if (wanted.epoch, wanted.stop) > ledger.cursor(wanted.shard):
-            ledger = ledger._move_cursor(wanted.shard, wanted.epoch, wanted.stop)
-        for item in ledger.returned:
+        for last in {data_range.shard: data_range for data_range in wanted if self._is_place(data_range)}.values():
+            if (last.epoch, last.stop) > ledger.cursor(last.shard):
+                ledger = ledger._move_cursor(last.shard, last.epoch, last.stop)
+        free = iter(ledger.returned)
+        kept: list[tuple[DataRange, str]] = []
+        item: tuple[DataRange, str] | None = next(free, None)
+        for want in wanted:
+            while item and (item[0].shard, item[0].epoch, item[0].stop) <= (want.shard, want.epoch, want.start):
+                kept.append(item)
+                item = next(free, None)
+            if item is None or not self._is_place(want):
+                return self, want
             have, holder = item
-            same = (have.shard, have.epoch) == (wanted.shard, wanted.epoch)
-            if same and have.start <= wanted.start and wanted.stop <= have.stop:
-                pieces = (replace(have, stop=wanted.start), replace(have, start=wanted.stop))
-                kept = [(piece, holder) for piece in pieces if piece.num_sequences]
-                others = [other for other in ledger.returned if other is not item]
-                return replace(ledger, returned=tuple(sorted(others + kept)))
-        return None
+            same = (have.shard, have.epoch) == (want.shard, want.epoch)
+            if not (same and have.start <= want.start and want.stop <= have.stop):
+                return self, want
+            if have.start < want.start:
+                kept.append((replace(have, stop=want.start), holder))
+            item = (replace(have, start=want.stop), holder) if want.stop < have.stop else next(free, None)
+        return replace(ledger, returned=(*kept, *([item] if item else []), *free)), None
 
     def _move_cursor(self, shard: int, epoch: int, position: int) -> "DataLedger":
         """Everything between the shard's cursor and the new place becomes free to lease."""
@@ -170,9 +197,7 @@ class DataLedger:
             leased=account["leased"],
             fates={**{fate: account[fate] for fate in FATES}, "expired": account["expired"] + account["outstanding"]},
         )
-        for data_range in sorted(spent):
-            without = ledger._take_out(data_range)
-            if without is None:
-                raise ValueError(f"{data_range} is committed twice")
-            ledger = without
+        ledger, twice = ledger._without(sorted(spent))
+        if twice is not None:
+            raise ValueError(f"{twice} is committed twice")
         return ledger

@@ -12,7 +12,9 @@ Standing = Literal["expected", "alive", "absent", "lost", "left", "quarantined"]
 STRIKES_TO_QUARANTINE = 3
 
 
-PROGRESS = ("round", "step", "steps", "loss", "tokens_per_s")  # what an island tells of its work
+PROGRESS = ("round", "step", "steps", "loss", "tokens_per_s")  # what an island tells of its work, while it is at it
+METRICS = ("loss", "gradient_norm", "relative_error", "inner_seconds", "sync_wait_seconds", "tokens")  # and when done
+MOST = 1e12  # of anything that it tells: sums and quotients of such numbers are numbers
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Member:
 
 
 Members = Mapping[str, Member]
+
+
+def plausible(told: Mapping[str, float], names: tuple[str, ...]) -> dict[str, float]:
+    """Of what an island says of itself, what has these names and can be: from 0 to `MOST`."""
+    return {name: told[name] for name in names if 0.0 <= told.get(name, -1.0) <= MOST}
 
 
 def with_member(members: Members, member: Member) -> dict[str, Member]:

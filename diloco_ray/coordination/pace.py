@@ -9,10 +9,12 @@ measured moves only waits and amounts of work, never a weight.
 """
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 NEWEST = 0.3  # share of the newest measurement in a moving average
+MOST_TIMES = 20.0  # as fast as the median that an island counts as: by its word alone it could leave the others no time
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,11 @@ class Pace:
 
     @property
     def fastest_step_s(self) -> float:
-        """0 before the first measurement."""
-        return min(self.step_s.values(), default=0.0)
+        """0 before the first measurement. No faster than `MOST_TIMES` times the median island."""
+        if not self.step_s:
+            return 0.0
+        times = self.step_s.values()
+        return max(min(times), statistics.median_low(times) / MOST_TIMES)
 
     def stepped(self, island: str, step_s: float) -> "Pace":
         """An island's word about its own speed; what cannot be is passed over."""
@@ -55,7 +60,8 @@ class Pace:
         """Of one round, by the island's speed against the fastest one; `most` before it is known."""
         if island not in self.step_s:
             return most
-        return max(1, math.floor(self.fastest_step_s / self.step_s[island] * most + 1e-9))
+        share = min(1.0, self.fastest_step_s / self.step_s[island])
+        return max(1, math.floor(share * most + 1e-9))
 
 
 def _average(before: float | None, newest: float) -> float:

@@ -19,6 +19,7 @@ from diloco_ray.coordination.admission import (
     refuse,
     schema_problem,
 )
+from diloco_ray.coordination.claims import take_up
 from diloco_ray.coordination.membership import STRIKES_TO_QUARANTINE, Member, with_member
 from diloco_ray.coordination.messages import (
     Answer,
@@ -27,7 +28,6 @@ from diloco_ray.coordination.messages import (
     Contribution,
     Event,
     Heartbeat,
-    InnerPlan,
     Inspect,
     Inspected,
     Joined,
@@ -38,15 +38,19 @@ from diloco_ray.coordination.messages import (
     Tick,
     Verdict,
 )
-from diloco_ray.coordination.plans import Step, hand_out_work, issue_plans, revoke, taking_part, void, watch_the_wait
+from diloco_ray.coordination.plans import Step, hand_out_work, issue_plans, revoke, void, watch_the_wait
 from diloco_ray.coordination.rounds import close_fragments, committed
 from diloco_ray.coordination.state import Accepted, RunState, ended
+
+MAX_TOLD = 20  # decisions on an island's own words
+MAX_LETTERS = 1000  # of a text of its own
 
 
 def reduce(state: RunState, event: Event) -> Step:
     """The next state and what to do in the world. Total: no event in any state raises."""
     if ended(state) and isinstance(event, Inspected | Committed | Tick):
         return state, []
+    before = state
     match event:
         case Joined():
             state, commands = _joined(state, event)
@@ -72,7 +76,44 @@ def reduce(state: RunState, event: Event) -> Step:
     for go_on in (hand_out_work, close_fragments, watch_the_wait):
         state, more = go_on(state, event.now_s)
         commands += more
-    return state, commands
+    return _told(state, _own_word_of(before, event), commands)
+
+
+def _own_word_of(state: RunState, event: Event) -> str:
+    """The island that may say this as often as it likes, and by itself; "" for what else happens."""
+    match event:
+        case Submitted():
+            return event.contribution.island
+        case Left():
+            return event.island
+        case Joined():
+            known = state.members.get(event.island)
+            return event.island if known and known.standing in ("alive", "left", "quarantined") else ""
+        case _:
+            return ""
+
+
+def _told(state: RunState, island: str, commands: list[Command]) -> Step:
+    """People are told what an island's words lead to, but not for ever: `MAX_TOLD` times, and once more for each round.
+
+    What a stranger says, who never said hello, is between it and the answer that it gets.
+    """
+    num_notes = sum(isinstance(command, Note) for command in commands)
+    if not island or not num_notes:
+        return state, commands
+    before = state.told.get(island, 0) if island in state.members else MAX_TOLD
+    after = min(MAX_TOLD, before + num_notes)
+    kept, room = list[Command](), after - before
+    for command in commands:
+        is_note = isinstance(command, Note)
+        if room or not is_note:
+            kept.append(command)
+        room -= is_note and room > 0
+    if before == after:
+        return state, kept
+    if after == MAX_TOLD:
+        kept.append(Note(f"{island} says much; what comes of it is told again when another round is done"))
+    return replace(state, told={**state.told, island: after}), kept
 
 
 # ---- membership ----
@@ -93,61 +134,26 @@ def _joined(state: RunState, event: Joined) -> Step:
         process=event.process,
         incarnation=event.incarnation,
         pid=event.pid,
-        node=event.node,
+        node=event.node[:MAX_LETTERS],
     )
     state = replace(state, members=with_member(state.members, member))
-    commands.append(Note(f"{event.island} joined (incarnation {member.incarnation}, pid {event.pid} on {event.node})"))
-    held = {plan.lease_id for plan in event.held}
-    for plan in event.held:
-        if plan.lease_id not in {known.lease_id for known in state.plans.get(event.island, ())}:
-            # Work that was given since, and that the island has yet to hear of, replaces what it holds.
-            replaced = any(new.lease_id not in held for new in state.open_plans(event.island))
-            state, more = _take_up(state, event.island, plan, replaced)
-            commands += more
-    return state, commands
-
-
-def _take_up(state: RunState, island: str, held: InnerPlan, replaced: bool) -> Step:
-    """An island that outlived the coordinator goes on with its work if nobody else has got its data.
-
-    Work that follows on work that is void is void as well: nobody would do the rounds between.
-    """
-    rules, mine = state.rules, state.plans.get(island, ())
-    following = state.num_plans.get(island, 0)
-    if rules.in_step:
-        following = mine[-1].round + 1 if mine else state.round
-    fits = (
-        not ended(state)
-        and not replaced
-        and held.island == island
-        and membership.is_current(state.members, island, held.incarnation)
-        and 0 <= held.silent_steps < held.inner_steps <= held.silent_steps + rules.inner_steps_per_round
-        and held.first_round <= following <= held.round
-        and (not rules.in_step or held.round < rules.num_rounds)
-        and (not rules.in_step or len(taking_part(state, held.round)) < rules.islands_in(held.round))
-        and sum(r.num_sequences for r in held.ranges) == held.inner_steps * rules.sequences_per_inner_step
-    )
-    ledger = state.ledger.adopt(held.lease_id, island, held.ranges) if fits else None
-    if ledger is None:
-        return state, [Note(f"{island}: work on round {held.round + 1} is void; it gets a new plan")]
-    plans = {**state.plans, island: (*mine, held)}
-    num_plans = {**state.num_plans, island: held.round + 1}
-    state = replace(state, ledger=ledger, plans=plans, num_plans=num_plans)
-    return state, [Note(f"{island} goes on with its work on round {held.round + 1}")]
+    commands.append(Note(f"{event.island} joined (incarnation {member.incarnation}, pid {event.pid} on {member.node})"))
+    state, more = take_up(state, event.island, event.held)
+    return state, commands + more
 
 
 def _heartbeat(state: RunState, event: Heartbeat) -> Step:
     if not membership.is_current(state.members, event.island, event.incarnation):
         return state, []
     member = state.members[event.island]
-    told = {name: value for name, value in event.progress.items() if name in membership.PROGRESS}
+    told = membership.plausible(event.progress, membership.PROGRESS)
     member = replace(member, last_seen_s=event.now_s, progress={**member.progress, **told})
     return replace(state, members=with_member(state.members, member)), []
 
 
 def _gone(state: RunState, island: str, standing: membership.Standing, reason: str) -> Step:
     """Its open work expires; what the coordinator has accepted from it stays."""
-    member = state.members[island]
+    member, reason = state.members[island], reason[:MAX_LETTERS]
     if member.standing not in ("alive", "expected"):
         return state, []
     members = with_member(state.members, replace(member, standing=standing, reason=reason))
@@ -160,6 +166,7 @@ def _gone(state: RunState, island: str, standing: membership.Standing, reason: s
 
 def _submitted(state: RunState, event: Submitted) -> Step:
     c = event.contribution
+    c = replace(c, metrics=membership.plausible(c.metrics, membership.METRICS))
     verdict = judge_header(state, c)
     if plan_of(state, c) and membership.is_current(state.members, c.island, c.incarnation):
         state = replace(state, offered=state.offered | {c.island})

@@ -162,7 +162,8 @@ def _close_round(state: RunState, done: int, applied: int) -> Step:
     if rules.in_step:
         ledger = _expire(state, ledger, done - 1)  # those given out after the closing fragment was
         plans = {name: tuple(plan for plan in mine if plan.round >= done) for name, mine in plans.items()}
-    state = replace(state, ledger=ledger, round=done, plans=plans, offered=frozenset())
+    told = {name: count - 1 for name, count in state.told.items() if count > 1}
+    state = replace(state, ledger=ledger, round=done, plans=plans, offered=frozenset(), told=told)
     if not last:
         return state, [close]
     reason = f"{done} rounds done"

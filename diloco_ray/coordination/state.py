@@ -91,6 +91,9 @@ class RunState:
     num_plans: Mapping[str, int] = field(default_factory=dict[str, int])  # rounds of its own that an island was given
     inbox: Mapping[Key, Accepted] = field(default_factory=dict[Key, Accepted])
     sent_back: frozenset[Key] = frozenset()  # contributions that there was no room for when they came
+    told: Mapping[str, int] = field(
+        default_factory=dict[str, int]
+    )  # notes on an island's words, less one for each round
     offered: frozenset[str] = frozenset()  # islands that sent a contribution since the last round ended, good or bad
     stepping: Mapping[int, tuple[Key, ...]] = field(default_factory=dict[int, tuple[Key, ...]])  # being computed
     settled: Settled = field(default_factory=dict[tuple[int, str], tuple[int, str]])  # the latest that is committed

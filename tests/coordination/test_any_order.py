@@ -7,6 +7,7 @@ that hang have ended themselves, as processes do, it must get on whatever was be
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -18,9 +19,12 @@ from diloco_ray.coordination.experiments import islands_by_round
 from diloco_ray.coordination.messages import (
     Committed,
     Contribution,
+    DataRange,
     Event,
     Heartbeat,
+    InnerPlan,
     Inspect,
+    Joined,
     Left,
     Lost,
     Submitted,
@@ -91,6 +95,69 @@ class AnyOrder(RuleBasedStateMachine):
         if name in self.world.islands:
             self.mail.append(Heartbeat(self.world.now_s, name, self.world.islands[name].incarnation))
             self.mail.append(self.world.hello(name)) if again else self.world.beat(name)
+
+    @rule(name=names, data=st.data())
+    def an_island_claims_work_that_it_was_not_given(self, name: str, data: st.DataObject) -> None:
+        """That of another one, or of nobody: what fits into no ledger, and what is free."""
+        island = self.world.islands.get(name)
+        if island is None or island.fenced:
+            return
+        claims = [self.claim(name, data.draw) for _ in range(data.draw(st.integers(1, 2)))]
+        held = self.world.state.plans.get(name, ()) if data.draw(st.booleans()) else island.held
+        mine = {plan.lease_id for plan in self.world.state.plans.get(name, ())}
+        self.world.claimed |= {(name, plan.lease_id) for plan in claims if plan.lease_id not in mine}
+        self.say(Joined(self.world.now_s, name, island.process, island.incarnation, 1, "node", (*held, *claims)))
+        self.world.welcome(island)
+
+    def claim(self, name: str, draw: Callable[[st.SearchStrategy[Any]], Any]) -> InnerPlan:
+        """The island's next work as it might be, but for a lie or two."""
+        world, state, ledger = self.world, self.world.state, self.world.state.ledger
+        everybodys = [plan.lease_id for plans in state.plans.values() for plan in plans]
+        settled = [f"{world.life}.{number + 1}" for number in range(ledger.num_leases)]
+        to_come = [f"{world.life}.{ledger.num_leases + ahead}" for ahead in (1, 2, 3)]
+        mine, shard = state.plans.get(name, ()), ledger.shard_of(name)
+        round = mine[-1].round + 1 if mine else state.round if world.rules.in_step else state.num_plans.get(name, 0)
+        epoch, position = ledger.cursor(shard)
+        told: dict[str, list[Any]] = {
+            "lease": [f"0.{number}" for number in range(1, 9)],
+            "place": [None],
+            "shard": [shard],
+            "round": [round],
+            "silent": [0],
+            "steps": [world.rules.inner_steps_per_round],
+            "cut": [0],
+        }
+        lies: dict[str, list[Any]] = {
+            "lease": [*everybodys, *settled, *to_come, "99.1", "x"],
+            "place": [(epoch, position + 1), (epoch + 1, 0), (epoch, 0), (-1, 0), (10**15, 0)],
+            "shard": [0, 1, 2],
+            "round": [state.round, round + 1, 10**15],
+            "silent": [1, 2],
+            "steps": [0, 1, 3],
+            "cut": [1],
+        }
+        lying = set(draw(st.lists(st.sampled_from([*lies, "lease", "lease", "lease"]), max_size=2)))
+        told |= {lie: lies[lie] for lie in sorted(lying)}
+        word = {key: draw(st.sampled_from(values)) for key, values in told.items()}
+        steps = (word["silent"] + 1) * word["steps"]
+        num_sequences = steps * RULES.sequences_per_inner_step
+        ranges = ledger.lease(name, num_sequences, shard)[1].ranges
+        if lying & {"place", "shard", "cut"}:
+            epoch, start = word["place"] or (epoch, position)
+            cuts = sorted({start, start + word["cut"], start + num_sequences})
+            ranges = tuple(DataRange(word["shard"], epoch, one, two) for one, two in pairwise(cuts))
+        return InnerPlan(
+            island=name,
+            incarnation=world.islands[name].incarnation,
+            lease_id=word["lease"],
+            round=word["round"] + word["silent"],
+            base_index=0,
+            inner_steps=steps,
+            silent_steps=word["silent"] * word["steps"],
+            first_inner_step=0,
+            num_islands=1,
+            ranges=ranges,
+        )
 
     # ---- contributions ----
 

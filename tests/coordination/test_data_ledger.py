@@ -1,11 +1,13 @@
 """The data ledger: every sequence in one place, every token with one fate."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_world import check_account, check_cover
 
-from diloco_ray.coordination.data_ledger import DataLedger
+from diloco_ray.coordination.data_ledger import FATES, MAX_PIECES, MAX_RANGES, DataLedger, Lease
 from diloco_ray.coordination.messages import DataRange
 from diloco_ray.ids import island_name
 
@@ -111,6 +113,63 @@ def test_a_lease_that_is_outstanding_is_not_adopted_again():
     assert one.adopt(lease.id, "a", (DataRange(0, 0, 4, 8),)) is None
 
 
+@pytest.mark.parametrize(
+    "lease_id",
+    [
+        "",
+        "1",
+        "junk",
+        "1.2",
+        "1.999999999999999999",
+        "2.1",
+        "1.-1",
+        "-1.1",
+        "0.0",
+        "0.01",
+        "0.1\n",
+        "0.1 ",
+        "٠.1",
+        "0.1.1",
+        "0." + "9" * 5000,
+    ],
+)
+def test_a_lease_under_an_id_that_was_not_given_yet_or_never_could_be_is_not_adopted(lease_id: str):
+    """Of these, 1.2 is the one that the ledger gives next."""
+    one, _ = ledger().lease("a", 4)
+    assert one.adopt(lease_id, "b", (DataRange(0, 0, 4, 8),)) is None
+
+
+def test_a_lease_of_this_life_is_adopted_again_once_it_has_ended():
+    one, lease = ledger().lease("a", 4)
+    after = one.settle(lease.id, "expired").adopt(lease.id, "a", lease.ranges)
+    assert after is not None
+    assert after.outstanding == {lease.id: lease}
+
+
+def test_a_lease_in_more_ranges_than_any_lease_has_is_not_adopted():
+    crumbs = [DataRange(0, 0, 2 * number, 2 * number + 1) for number in range(MAX_RANGES + 1)]
+    assert ledger(10_000).adopt("0.1", "a", tuple(crumbs)) is None
+    assert ledger(10_000).adopt("0.1", "a", tuple(crumbs[1:])) is not None
+    assert ledger(10_000).adopt("0.1", "a", ()) is None
+
+
+def test_a_lease_of_more_epochs_than_that_is_adopted():
+    epochs = tuple(DataRange(0, epoch, 0, 2) for epoch in range(2 * MAX_RANGES))
+    assert ledger(2).adopt("0.1", "a", epochs) is not None
+
+
+def test_no_number_of_adopted_leases_cuts_the_data_into_more_pieces_than_so_many():
+    now, adopted = ledger(10**6), 0
+    for number in range(1, 100):
+        begin = 1000 * number
+        crumbs = tuple(DataRange(0, 0, begin + 2 * k, begin + 2 * k + 1) for k in range(MAX_RANGES))
+        after = now.adopt(f"0.{number}", "a", crumbs)
+        adopted += after is not None
+        now = (after or now).settle(f"0.{number}", "expired")
+    assert 5 < adopted < 20
+    assert MAX_PIECES - 2 * MAX_RANGES < len(now.returned) <= MAX_PIECES
+
+
 # ---- recovered ----
 
 
@@ -201,6 +260,53 @@ def test_every_sequence_is_in_one_place_and_the_account_adds_up_in_any_story(
         elif picked:
             now = now.settle(picked.id, verb)
             spent += picked.ranges if verb == "committed" else ()
+        check_account(now.account())
+        check_cover(now, spent)
+
+
+lease_ids = st.builds("{}.{}".format, st.integers(0, 4), st.integers(0, 9)) | st.text("0123.-x", max_size=5)
+any_ranges = st.lists(
+    st.builds(
+        lambda shard, epoch, start, length: DataRange(shard, epoch, start, start + length),
+        st.integers(0, 1),
+        st.sampled_from([0, 0, 0, 0, 1, 1, 2, -1, 10**15]),
+        st.integers(-1, 12),
+        st.integers(-1, 6),
+    ),
+    max_size=3,
+)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(
+    shard_sizes=st.sampled_from([(12,), (3,), (10, 5)]),
+    story=st.lists(
+        st.tuples(st.sampled_from(["lease", *FATES]), st.integers(0, 3), st.integers(0, 9))
+        | st.tuples(st.just("claim"), st.integers(0, 3), lease_ids, any_ranges),
+        max_size=30,
+    ),
+)
+def test_no_claim_whatsoever_doubles_a_sequence_or_takes_the_place_of_a_lease(
+    shard_sizes: tuple[int, ...], story: list[tuple[Any, ...]]
+):
+    """Who says hello may claim to hold anything."""
+    now, spent, held = ledger(*shard_sizes, prefix="3"), [], dict[str, Lease]()
+    for verb, island, *rest in story:
+        name = island_name(island)
+        if verb == "lease":
+            now, lease = now.lease(name, rest[0] + 1, now.shard_of(name))
+            assert lease.id not in held
+            held[lease.id] = lease
+        elif verb == "claim":
+            lease_id, ranges = rest
+            now = now.adopt(lease_id, name, tuple(ranges)) or now
+            if lease_id not in held and lease_id in now.outstanding:
+                held[lease_id] = Lease(lease_id, name, tuple(ranges), sum(r.num_sequences for r in ranges) * TOKENS)
+        elif held:
+            picked = held.pop(sorted(held)[rest[0] % len(held)])
+            now = now.settle(picked.id, verb)
+            spent += picked.ranges if verb == "committed" else ()
+        assert now.outstanding == held
         check_account(now.account())
         check_cover(now, spent)
 

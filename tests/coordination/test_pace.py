@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diloco_ray.coordination.pace import NEWEST, Pace
+from diloco_ray.coordination.pace import MOST_TIMES, NEWEST, Pace
 
 
 def test_nothing_is_known_before_the_first_measurement():
@@ -70,6 +70,27 @@ def test_an_island_takes_inner_steps_by_its_speed_against_the_fastest():
         "third": 16,
         "slow": 1,
     }
+
+
+def test_no_island_counts_as_faster_than_so_many_times_the_median():
+    """By a word of its own that it takes no time, one could leave the others a single step in a round."""
+    pace = Pace().stepped("liar", 1e-300).stepped("a", 1.0).stepped("b", 2.0)
+    assert pace.fastest_step_s == 1.0 / MOST_TIMES
+    assert {name: pace.inner_steps(name, 100) for name in ("liar", "a", "b")} == {"liar": 100, "a": 5, "b": 2}
+    assert pace.stepped("slow", 1e12).fastest_step_s == 1.0 / MOST_TIMES
+    assert Pace().stepped("alone", 1e-300).inner_steps("alone", 100) == 100
+
+
+def test_no_island_makes_the_others_wait_by_saying_that_it_is_slow():
+    """The launch interval is H times the fastest step: as long as that one says, the run would stand."""
+    assert Pace().stepped("a", 1.0).stepped("liar", 1e12).fastest_step_s == 1.0
+    assert Pace().stepped("a", 1.0).stepped("b", 2.0).stepped("liar", 1e12).fastest_step_s == 1.0
+
+
+def test_a_fast_island_among_slow_ones_counts_as_fast_as_it_is():
+    pace = Pace().stepped("fast", 1.0).stepped("a", 10.0).stepped("b", 20.0).stepped("c", 20.0)
+    assert pace.fastest_step_s == 1.0
+    assert {name: pace.inner_steps(name, 100) for name in "abc"} == {"a": 10, "b": 5, "c": 5}
 
 
 times = st.floats(allow_nan=True, allow_infinity=True)

@@ -135,6 +135,7 @@ class World:
     accepted: dict[Key, Contribution] = field(default_factory=dict)  # by this coordinator
     log_versions: list[int] = field(init=False)  # per fragment
     log_rounds: dict[Key, str] = field(default_factory=dict)  # what is committed, with its digest
+    claimed: set[tuple[str, str]] = field(default_factory=set)  # islands, and leases that they say they were given
     num_processes: int = 0
     state: RunState = field(init=False)
 
@@ -460,6 +461,7 @@ class World:
         assert set(ledger.outstanding) <= set(leases), "a lease that nobody works on is outstanding"
         for name, plans in state.plans.items():
             given = [plan for plan in state.open_plans(name) if plan.lease_id.startswith(f"{self.life}.")]
+            given = [plan for plan in given if (name, plan.lease_id) not in self.claimed]
             assert len(given) <= (2 if self.rules.overlap else 1)
             for one, following in pairwise(plans):
                 assert following.first_round == one.round + 1

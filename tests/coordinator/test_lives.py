@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from diloco_ray.coordination.messages import Committed, Verdict
+from diloco_ray.coordination.messages import Committed, DataRange, InnerPlan, Verdict
 from diloco_ray.coordinator import coordinator
 from diloco_ray.errors import FencedError, OvertakenError, StoreError
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import list_snapshots
 from diloco_ray.simulation.storage import IOCall, TappedStore
+from diloco_ray.log.verify import verify
 from diloco_ray.transport.protocol import Beat
-from tests.small_run import Life, SmallIsland, begun, files, join_all, records, restored, small_job
+from tests.small_run import Life, SmallIsland, begun, files, join_all, new_replica, records, restored, small_job
 
 JOB = small_job(num_islands=2)
 
@@ -359,6 +360,26 @@ def test_the_work_in_hand_is_taken_up_again_when_only_the_coordinator_was_restar
     one_round(second, islands)
     tokens = records(store)[1].tokens
     assert (tokens["leased"], tokens["committed"], tokens["expired"]) == (4 * 64, 4 * 64, 0)
+
+
+def test_a_forged_lease_costs_nobody_anything_and_the_next_coordinator_begins(store: RunStore) -> None:
+    """The id of the lease that is given next, on data that is free."""
+    life = Life(store, JOB)
+    good, bad = SmallIsland(0, JOB), SmallIsland(1, JOB)
+    join_all(life.coordinator, [good])
+    epoch = life.coordinator.fence_epoch
+    forged = InnerPlan(bad.name, 1, f"{epoch}.1", 0, 0, 2, 0, 0, 2, (DataRange(0, 0, 50, 54),))
+    assert bad.join(life.coordinator, forged) == ""
+    for _ in range(2):
+        one_round(life, [good, bad])
+    (problem,) = verify(store, lambda run: new_replica(JOB)).problems
+    assert "run.json" in problem, "a small run has none"
+    life = Life(store, JOB)
+    join_all(life.coordinator, [good, bad])
+    one_round(life, [good, bad])
+    assert life.coordinator.state.phase == "succeeded"
+    spent = sorted(piece for record in records(store) for share in record.shares for piece in share.spent)
+    assert spent == [DataRange(0, 0, start, start + 4) for start in range(0, 24, 4)]
 
 
 def test_a_failed_store_stops_the_coordinator_and_the_next_one_goes_on(store: RunStore, tmp_path: Path) -> None:
