@@ -57,11 +57,11 @@ def _rates(
         ],
     )
     if on_ray:
-        result = DiLoCoTrainer(config).fit(watch=lambda status, events: None)
-        status, events = result.metrics, read_events(open_run(config).store)
+        status = DiLoCoTrainer(config).fit(watch=lambda status, events: None).metrics
     else:
         coordinator = train_in_process(open_run(config))
-        status, events = coordinator.report.status(coordinator.state), coordinator.report.events
+        status = coordinator.report.status(coordinator.state)
+    events = read_events(open_run(config).store)
     steady = of_kind(events, "round")[1:-1]
     committed = sum(event["tokens"] for event in steady) / sum(event["seconds"] for event in steady)
     return committed, sum(island["tokens_per_s"] for island in status["islands"])

@@ -142,9 +142,9 @@ def _outcome(config: RunConfig, on_ray: bool = False) -> Outcome:
     run = open_run(config)
     if on_ray:
         api.DiLoCoTrainer(config).fit(watch=lambda status, events: None)
-        events = read_events(run.store)
     else:
-        events = train_in_process(run).report.events
+        train_in_process(run)
+    events = read_events(run.store)
     curve = {event["round"]: event["loss"] for event in of_kind(events, "evaluation")}
     rounds = {event["round"]: event for event in of_kind(events, "round")}
     assert max(curve) == config.rounds, f"{run.store.url} was measured up to round {max(curve)} of {config.rounds}"

@@ -53,7 +53,6 @@ from diloco_ray.log.record import Record, payload_path
 from diloco_ray.log.run_log import RunLog, check_fence, take_fence
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import prune_snapshots, restore, save_snapshot
-from diloco_ray.observe.events import of_kind
 from diloco_ray.transport.protocol import Beat, Bytes, Hello, LogStep, Order, SnapshotState, Tidings, Welcome
 
 LOOK_EVERY_S = 1.0  # at the log's end, on the word of anybody
@@ -182,7 +181,7 @@ class Coordinator:
         self._later(self.report.flush)
 
     def measured(self) -> set[int]:
-        return {event["outer_step"] for event in of_kind(self.report.events, "evaluation")}
+        return set(self.report.validation.losses)
 
     def tick(self) -> None:
         self.receive(Tick(self._now_s()))

@@ -11,11 +11,12 @@ from diloco_ray.coordination.state import RunState
 from diloco_ray.errors import DiLoCoError
 from diloco_ray.log.record import Record
 from diloco_ray.log.run_store import RunStore
-from diloco_ray.observe.events import EventLog
-from diloco_ray.observe.status import BYTES_PER_GRADIENT_VALUE, statistics_of, validation_of
+from diloco_ray.observe.events import EventLog, each_event
+from diloco_ray.observe.status import BYTES_PER_GRADIENT_VALUE, Statistics, Validation
 
 AVERAGED = ("loss", "gradient_norm", "relative_error")  # over a round's islands
 SUMMED = ("inner_seconds", "sync_wait_seconds", "tokens")
+MAX_NOTE = 2000  # characters
 
 
 class Report:
@@ -32,24 +33,34 @@ class Report:
         self._now_s = clock
         self._log = EventLog(store, fence_epoch)
         self._fence_epoch, self._pid, self._num_values = fence_epoch, pid, num_values
-        self.statistics = statistics_of(self.events)
+        self.statistics, self.validation = Statistics(), Validation()
         self._round_began_s: float | None = None
         self._has_seen_a_round = False
         self._metrics: list[tuple[str, Mapping[str, float]]] = []  # since the last round, with their islands
         self._bytes_up = self._bytes_down = self._tokens = 0
         self._last_round: Mapping[str, Any] = {"alive": 0, "contributed": 0, "applied": 0}
         self._tokens_per_s: dict[str, float] = {}
-        for event in self.events:
-            self._last_round = event if event["event"] == "round" else self._last_round
+        for event in each_event(store):
+            self._count(event)
 
-    @property
-    def events(self) -> list[dict[str, Any]]:
-        """Of all coordinator lives, oldest first."""
-        return self._log.past + self._log.own
+    def _count(self, event: Mapping[str, Any]) -> None:
+        """What the status needs of an event, of this life or an earlier one."""
+        match event["event"]:
+            case "round":
+                self.statistics.add_round(event)
+                self._last_round = event
+            case "evaluation":
+                self.validation.add(event)
+            case _:
+                pass
 
     @property
     def own_events(self) -> list[dict[str, Any]]:
+        """Of this life, oldest first, as far as they are still in memory."""
         return self._log.own
+
+    def own_events_after(self, num_seen: int) -> list[dict[str, Any]]:
+        return self._log.after(num_seen)
 
     def flush(self) -> None:
         self._log.flush()
@@ -64,13 +75,13 @@ class Report:
             self._round_began_s = self._now_s()
 
     def note(self, text: str) -> None:
-        self._log.add("decision", text=text)
+        self._log.add("decision", text=text[:MAX_NOTE])
 
     def accepted(self, c: Contribution, closes: bool) -> None:
         """The contribution that closes a lease tells of all the steps that the island took on it."""
         self._bytes_up += c.payload_bytes
         if closes:
-            sums = {name: _number(c.metrics.get(name, 0.0)) for name in SUMMED}
+            sums = {name: c.metrics.get(name, 0.0) for name in SUMMED}
             means = {name: c.metrics.get(name, math.nan) for name in AVERAGED}
             self._metrics.append((c.island, {**sums, **means}))
 
@@ -131,16 +142,14 @@ class Report:
             "data_parallel_bytes": steps * 2 * BYTES_PER_GRADIENT_VALUE * self._num_values,
             "seconds": seconds,
         }
-        self._log.add("round", **event)
-        self.statistics.add_round(event)
-        self._last_round = event
+        self._count(self._log.add("round", **event))
         for island, m in self._metrics:
             self._tokens_per_s[island] = m["tokens"] / max(m["inner_seconds"], 1e-9)
         self._metrics, self._bytes_up, self._bytes_down, self._tokens = [], 0, 0, 0
         self._round_began_s = now_s
 
     def evaluated(self, index: int, round: int, metrics: Mapping[str, float], sample: str) -> None:
-        self._log.add("evaluation", outer_step=index, round=round, sample=sample, **metrics)
+        self._count(self._log.add("evaluation", outer_step=index, round=round, sample=sample, **metrics))
 
     def ended(self, outcome: str, reason: str) -> None:
         self._log.add("end", state=outcome, reason=reason)
@@ -152,6 +161,7 @@ class Report:
 
     def status(self, state: RunState) -> dict[str, Any]:
         """See README, "A contract for scripts"."""
+        validation = self.validation
         return {
             "run_id": state.rules.run_id,
             "state": state.phase,
@@ -169,18 +179,18 @@ class Report:
                     "process": member.process,
                     "node": member.node,
                     "incarnation": member.incarnation,
-                    "round": int(_number(member.progress.get("round", state.round))),
-                    "step": int(_number(member.progress.get("step", 0))),
-                    "steps": int(_number(member.progress.get("steps", state.rules.inner_steps_per_round))),
+                    "round": int(member.progress.get("round", state.round)),
+                    "step": int(member.progress.get("step", 0)),
+                    "steps": int(member.progress.get("steps", state.rules.inner_steps_per_round)),
                     "tokens_per_s": self._tokens_per_s.get(member.name, 0.0),
                     "last_seen_s": self._now_s() - member.last_seen_s if member.last_seen_s else None,
                 }
                 for member in state.members.values()
             ],
             "coordinator": {"pid": self._pid, "fence_epoch": self._fence_epoch},
-            "contributions": {key: self._last_round[key] for key in ("alive", "contributed", "applied")},
+            "contributions": {key: self._last_round.get(key, 0) for key in ("alive", "contributed", "applied")},
             "tokens": state.ledger.account(),
-            "validation": validation_of(self.events),
+            "validation": {"first": validation.first, "last": validation.last, "best": validation.best},
             "bytes": {
                 "up": self.statistics.bytes_up,
                 "down": self.statistics.bytes_down,
@@ -192,11 +202,6 @@ class Report:
                 "total": self.statistics.total_s,
             },
         }
-
-
-def _number(value: float) -> float:
-    """An island's word about itself, of which sums are made: what is not finite counts as nothing."""
-    return value if math.isfinite(value) else 0.0
 
 
 def _mean(values: Any) -> float:

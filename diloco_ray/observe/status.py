@@ -1,17 +1,20 @@
 """The numbers of a run: kept while it goes on, rebuilt from its events after a restart, printed by `status --json`."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from diloco_ray.errors import CorruptionError, RunMismatchError
-from diloco_ray.observe.events import Folder, of_kind
+from diloco_ray.observe.events import Folder
 
 STATUS = "status.json"
 STALE_AFTER_S = {True: 8.0, False: 30.0}  # a running run writes its status every half second, to a bucket every ten
 BYTES_PER_GRADIENT_VALUE = 4  # data parallel would exchange float32 gradients, up and down, every inner step
+
+MOST = 1e18  # of any number of a round
 
 
 @dataclass
@@ -30,36 +33,49 @@ class Statistics:
     total_s: float = 0.0  # wall clock, from each life's first plan on
 
     def add_round(self, event: Mapping[str, Any]) -> None:
-        self.bytes_up += event.get("bytes_up", 0)
-        self.bytes_down += event.get("bytes_down", 0)
-        self.data_parallel_bytes += event.get("data_parallel_bytes", 0)
-        self.inner_s += event.get("inner_s", 0.0)
-        self.sync_wait_s += event.get("sync_wait_s", 0.0)
-        self.total_s += event.get("seconds", 0.0)
+        self.bytes_up += _number(event, "bytes_up")
+        self.bytes_down += _number(event, "bytes_down")
+        self.data_parallel_bytes += _number(event, "data_parallel_bytes")
+        self.inner_s += _number(event, "inner_s")
+        self.sync_wait_s += _number(event, "sync_wait_s")
+        self.total_s += _number(event, "seconds")
 
 
-def statistics_of(events: Sequence[Mapping[str, Any]]) -> Statistics:
-    statistics = Statistics()
-    for event in of_kind(events, "round"):
-        statistics.add_round(event)
-    return statistics
+def _number(event: Mapping[str, Any], name: str) -> Any:
+    """0 for null, which is a number that was not finite, and for what no round can have: no event stops a run."""
+    value = event.get(name)
+    return value if isinstance(value, int | float) and 0 <= value <= MOST else 0
 
 
-def validation_of(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """First, last and best held-out loss of the outer parameters, each with its outer step; empty before the first.
-
-    A loss that was not finite is None, and never the best.
+@dataclass
+class Validation:
+    """Held-out losses of the outer parameters, each with its outer step: the first, the last, the best; None before
+    there is one. A loss that was not finite is None, and never the best.
     """
-    found = {event["outer_step"]: event["loss"] for event in of_kind(events, "evaluation")}
-    points = [{"outer_step": step, "loss": loss} for step, loss in sorted(found.items())]
-    if not points:
-        return {"first": None, "last": None, "best": None}
-    finite = [point for point in points if point["loss"] is not None]
-    return {
-        "first": points[0],
-        "last": points[-1],
-        "best": min(finite, key=lambda point: point["loss"], default=None),
-    }
+
+    losses: dict[int, float | None] = field(default_factory=dict[int, float | None])  # by outer step
+    first: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        step, loss = event.get("outer_step"), event.get("loss")
+        if not isinstance(step, int):
+            return
+        news = {step: loss if isinstance(loss, int | float) and -math.inf < loss < math.inf else None}
+        if step in self.losses:  # measured again
+            self.first = self.last = self.best = None
+            news = {**self.losses, **news}
+        self.losses |= news
+        for step, loss in news.items():
+            point = {"outer_step": step, "loss": loss}
+            if self.first is None or step < self.first["outer_step"]:
+                self.first = point
+            if self.last is None or step > self.last["outer_step"]:
+                self.last = point
+            best = self.best
+            if loss is not None and (best is None or (loss, step) < (best["loss"], best["outer_step"])):
+                self.best = point
 
 
 class StatusFolder(Folder, Protocol):

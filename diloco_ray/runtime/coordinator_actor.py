@@ -51,6 +51,7 @@ class CoordinatorActor:
         self._changed = asyncio.Event()
         self._clock: asyncio.Task[None] | None = None
         self._office: OfficeThread | None = None
+        self._has_told = False  # that there is no writing the status
 
     # ---- doors ----
 
@@ -116,7 +117,7 @@ class CoordinatorActor:
         """The status document and what is new: this life's events, past num_seen if those were of this life too."""
         self._heard(None)
         skip = num_seen if fence_epoch == self._coordinator.fence_epoch else 0
-        return self._status(), self._coordinator.report.own_events[skip:]
+        return self._status(), self._coordinator.report.own_events_after(skip)
 
     async def error(self) -> DiLoCoError | None:
         return self._coordinator.error
@@ -131,7 +132,7 @@ class CoordinatorActor:
         if self._clock:
             self._clock.cancel()
         with contextlib.suppress(FencedError):
-            await loop.run_in_executor(self._files, self._write_status, self._status())
+            await self._publish()
         return self._status()
 
     # ---- the loop ----
@@ -169,7 +170,7 @@ class CoordinatorActor:
             if loop.time() - written_s > every_s - TICK_S / 2:  # ticks are not to the millisecond
                 written_s = loop.time()
                 with contextlib.suppress(StoreError):  # a missed status is only that
-                    await loop.run_in_executor(self._files, self._write_status, self._status())
+                    await self._publish()
 
     def _clock_stopped(self, clock: "asyncio.Task[None]") -> None:
         """Without its clock a coordinator waits for ever: what stops the one ends the other."""
@@ -180,6 +181,19 @@ class CoordinatorActor:
 
     def _status(self) -> dict[str, Any]:
         return self._coordinator.report.status(self._coordinator.state)
+
+    async def _publish(self) -> None:
+        """Writes the status; FencedError, StoreError. Whatever else is wrong with it ends no run: it is for people, and
+        nothing that a run is made of is read from it.
+        """
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._files, self._write_status, self._status())
+        except (FencedError, StoreError):
+            raise
+        except Exception as error:
+            if not self._has_told:
+                self._coordinator.report.note(f"{STATUS} cannot be written: {type(error).__name__}: {error}")
+            self._has_told = True
 
     def _write_status(self, status: dict[str, Any]) -> None:
         check_fence(self._store, self._coordinator.fence_epoch)

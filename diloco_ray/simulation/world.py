@@ -114,9 +114,7 @@ class World:
         is_news, self._seen = state is not self._seen, state  # a state never changes: one look at each is enough
         if is_news and not life.is_fenced:
             self.audit.looked_at(state, coordinator.fence_epoch)
-        events = coordinator.report.own_events
-        while self._num_told < len(events):
-            event = events[self._num_told]
+        for event in coordinator.report.own_events_after(self._num_told):
             self._num_told += 1
             if text := event.get("text"):
                 self.tell("coordinator", text)

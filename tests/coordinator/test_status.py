@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,92 @@ def test_a_refused_contribution_is_counted_as_contributed_and_not_as_applied(roo
     assert status["tokens"]["rejected"] == 3 * 64
     assert [island["state"] for island in status["islands"]] == ["alive", "quarantined"]
     assert status["islands"][1]["reason"].startswith("values: ")
+
+
+ABSURD = [math.nan, math.inf, -math.inf, 1e308, -1e308, 1e13, -1.0, 5e-324]
+ABSURD += [pytest.param(10**400, id="no end of digits")]
+
+
+@pytest.mark.parametrize("value", ABSURD)
+@pytest.mark.parametrize("name", [*METRICS, "all of them"])
+def test_whatever_an_island_says_of_itself_there_is_a_status_in_this_life_and_the_next(
+    room: Room, name: str, value: float
+) -> None:
+    join_all(room.life.coordinator, room.islands)
+    metrics = dict.fromkeys(METRICS, value) if name == "all of them" else {**METRICS, name: value}
+    for _ in range(2):
+        for island in room.islands:
+            plan = room.life.plan_of(island)
+            assert room.life.submit(*island.contribution(plan, metrics=metrics)).status == "accepted"
+            assert_all_promised(room.status(), 2)
+    before = room.status()
+    assert max(before["seconds"].values()) <= 4e12
+    room.life.settle()
+    room.life = Life(room.store, JOB)
+    assert_all_promised(room.status(), 2)
+    assert room.status()["seconds"] == before["seconds"]
+    for event in read_events(room.store):
+        json.dumps(event, allow_nan=False)
+
+
+@pytest.mark.parametrize("value", ABSURD)
+def test_whatever_an_island_says_of_its_progress_there_is_a_status(room: Room, value: float) -> None:
+    join_all(room.life.coordinator, room.islands)
+    told = dict.fromkeys(("round", "step", "steps", "loss", "tokens_per_s", "of its own"), value)
+    assert room.life.coordinator.beat(Beat("island-01", 1, "", told)) == "go_on"
+    assert_all_promised(room.status(), 2)
+    (_, found) = room.status()["islands"]
+    assert (found["round"], found["step"], found["steps"]) == ((0, 0, 0) if value == 5e-324 else (0, 0, 2))
+
+
+def test_events_that_an_earlier_version_or_a_hand_has_spoilt_stop_no_later_life(room: Room) -> None:
+    """Sums that had no end are null in them."""
+    join_all(room.life.coordinator, room.islands)
+    room.one_round()
+    room.life.settle()
+    before = room.status()
+    spoilt = [
+        {"event": "round", "bytes_up": None, "inner_s": None, "alive": 1, "contributed": 1, "applied": 1},
+        {"event": "round", "seconds": 1e308, "sync_wait_s": "x"},
+        {"event": "evaluation"},
+        {"event": "evaluation", "outer_step": "x", "loss": None},
+        {"event": 7},
+    ]
+    room.store.write("events/000001-0001.jsonl", "\n".join(map(json.dumps, spoilt)).encode())
+    room.life = Life(room.store, JOB)
+    after = room.status()
+    assert_all_promised(after, 2)
+    assert (after["bytes"], after["seconds"], after["validation"]) == tuple(
+        before[name] for name in ("bytes", "seconds", "validation")
+    )
+    assert room.life.coordinator.measured() == set()
+
+
+def test_a_status_costs_as_much_after_many_rounds_as_after_few(room: Room) -> None:
+    """It is asked for several times a second, on the loop that hears heartbeats: what is looked at is counted."""
+
+    def looks(num_events: int) -> int:
+        report = room.life.coordinator.report
+        for number in range(num_events):
+            report.evaluated(number, number, {"loss": 2.0}, "")
+            report.note("a decision")
+        num_lines = 0
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal num_lines
+            num_lines += event == "line"
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            report.status(room.life.coordinator.state)
+        finally:
+            sys.settrace(before)
+        return num_lines
+
+    few, many = looks(2), looks(2000)
+    assert many == few
 
 
 def test_a_beat_shows_where_an_island_is(room: Room) -> None:

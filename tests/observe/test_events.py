@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from diloco_ray.log.run_store import RunStore
+from diloco_ray.observe import events
 from diloco_ray.observe.events import SEGMENT_LINES, EventLog, of_kind, read_events
 
 
@@ -75,13 +76,42 @@ def test_a_later_life_reads_the_past_and_writes_files_of_its_own(store: RunStore
     first = EventLog(store, 1)
     add(first, 0, 3)
     first.flush()
+    assert read_events(store) == first.own
     second = EventLog(store, 2)
-    assert second.past == first.own
     assert second.own == []
     add(second, 3, 5)
     second.flush()
     assert numbers(read_events(store)) == [0, 1, 2, 3, 4]
-    assert numbers(EventLog(store, 10).past) == [0, 1, 2, 3, 4]
+
+
+def test_of_a_long_life_the_newest_stay_in_memory_and_all_are_written(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "KEPT", 1000)
+    log, seen = EventLog(store, 1), list[int]()
+    for first in range(0, 5000, 50):
+        add(log, first, first + 50)
+        seen += numbers(log.after(len(seen)))
+        if first % 700 == 0:
+            log.flush()
+        assert len(log.own) < 2 * 1000
+        assert len(log._lines) < 700 + SEGMENT_LINES + 50
+    assert seen == list(range(5000)), "whoever watches misses some"
+    assert numbers(log.after(0)) == numbers(log.own) == list(range(4000, 5000))
+    assert log.after(5000) == log.after(9999) == []
+    log.flush()
+    assert numbers(read_events(store)) == list(range(5000))
+
+
+def test_two_that_flush_at_once_leave_nothing_out(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = EventLog(store, 1)
+    add(log, 0, SEGMENT_LINES + 7)
+    write, others = store.write, [log.flush]
+    monkeypatch.setattr(store, "write", lambda path, data: (write(path, data), others and others.pop()())[0])
+    log.flush()
+    add(log, SEGMENT_LINES + 7, SEGMENT_LINES + 9)
+    log.flush()
+    assert numbers(read_events(store)) == list(range(SEGMENT_LINES + 9))
 
 
 def test_a_first_life_that_still_writes_does_not_touch_the_second_ones_events(store: RunStore) -> None:
