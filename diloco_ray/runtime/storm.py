@@ -77,7 +77,8 @@ class Fault:
             changed = status["coordinator"]["fence_epoch"] != self.before
             well = changed and status["outer_steps"] > self.outer_steps
         else:
-            island = next(island for island in status["islands"] if island["name"] == self.island)
+            islands = {island["name"]: island for island in status["islands"]}
+            island = islands.get(self.island, {"state": "absent"})  # a restarted coordinator may not know it yet
             alive = island["state"] == "alive"
             is_another = alive and island["process"] != self.before
             changed = is_another or not alive

@@ -51,6 +51,7 @@ def times_of(kind: str, *seen: tuple[float, dict[str, Any]], ends_s: float = 10.
     [
         ("kill", [(11, status()), (12, status("lost")), (15, status(process="b"))], 10, 12, 15),
         ("kill", [(11, status()), (15, status(process="b"))], 10, 15, 15),
+        ("kill", [(11, status(islands=[])), (15, status(process="b"))], 10, 11, 15),
         ("freeze", [(11, status(last_seen_s=1.5)), (13, status())], 12, None, 13),
         ("hang", [(15, status("lost")), (21, status(process="b"))], 30, 15, 21),
         ("hang", [(15, status("lost")), (29, status("lost")), (31, status())], 30, 15, 31),
