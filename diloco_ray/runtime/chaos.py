@@ -8,9 +8,11 @@ since machines are not always equally fast, against the storm's own rounds betwe
 
 import math
 import statistics
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -28,7 +30,8 @@ from diloco_ray.observe.events import of_kind, read_events
 from diloco_ray.run import Run, open_run
 from diloco_ray.runtime.cluster import connected
 from diloco_ray.runtime.driver import train_on_ray
-from diloco_ray.runtime.storm import PLACE, SHARES, Fault, Storm, schedule
+from diloco_ray.runtime.second_node import HEALTH_CHECKS, SecondNode, second_node
+from diloco_ray.runtime.storm import FROZEN_RAYLETS, PLACE, SHARES, Fault, Storm, schedule
 
 PILOT_ROUNDS = 8
 ZOMBIES_WITHIN_S = 15.0  # after the last one has been let go
@@ -53,7 +56,7 @@ def run_chaos(
     def fresh(name: str, rounds: int) -> Run:
         return open_run(config.model_copy(update={"name": f"{prefix}-{name}", "rounds": rounds, "cluster": cluster}))
 
-    with connected("local", resources={PLACE: config.max_islands}):
+    with two_nodes(cluster.island_resources, config.max_islands) as node:
         pilot = _Watched(fresh("pilot", PILOT_ROUNDS))
         pilot.train()
         round_s = min(event["seconds"] for event in pilot.rounds)  # a slower one would let the run end before its storm
@@ -62,7 +65,8 @@ def run_chaos(
         calm = _Watched(fresh("calm", rounds))
         calm.train()
         tell(f"calm: {calm.tokens_per_s():,.0f} tokens/s committed, validation loss {calm.loss:.4f}")
-        storm = Storm(schedule(per_hour, minutes, seed), config.sync.heartbeat_timeout_s, tell)
+        planned = schedule(per_hour, minutes, seed, without=() if node else FROZEN_RAYLETS)
+        storm = Storm(planned, config.sync.heartbeat_timeout_s, tell, node)
         stormy = _Watched(fresh("storm", rounds), storm.see)
         try:
             stormy.train()
@@ -70,6 +74,20 @@ def run_chaos(
             storm.stop()
         zombies = _wait_for_zombies(storm)
     return _report(calm, stormy, storm, minutes * 60.0, zombies)
+
+
+@contextmanager
+def two_nodes(island_resources: Mapping[str, float], num_places: int) -> Iterator[SecondNode | None]:
+    """A local Ray whose second node has half of the islands' places. None where that cannot be: without /proc its
+    raylet is not found, and this machine's accelerators belong to one node.
+    """
+    there = num_places // 2 if sys.platform == "linux" and not island_resources.get("GPU") else 0
+    with connected("local", resources={PLACE: num_places - there}, _system_config=HEALTH_CHECKS):
+        if there:
+            with second_node({PLACE: there}) as node:
+                yield node
+        else:
+            yield None
 
 
 def _wait_for_zombies(storm: Storm) -> list[int]:

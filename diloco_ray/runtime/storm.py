@@ -3,6 +3,8 @@
     kill         SIGKILL of an island
     freeze       SIGSTOP of an island, SIGCONT before its silence counts
     hang         SIGSTOP of an island until long after it was given up and replaced: a zombie, if Ray has not ended it
+    raylet       SIGSTOP of the raylet under which an island runs, SIGCONT before Ray minds
+    node         SIGSTOP of that raylet until long after Ray has given its node up: it ends with all that ran under it
     preempt      SIGTERM of an island: it has notice, leaves, and comes back
     evict        the same, and its place is taken for a while: it joins later
     coordinator  SIGKILL of the coordinator
@@ -17,24 +19,42 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ray.util.placement_group import placement_group, remove_placement_group
 
-SHARES = {"kill": 0.35, "freeze": 0.15, "hang": 0.1, "preempt": 0.2, "evict": 0.08, "coordinator": 0.12}
+from diloco_ray.runtime.second_node import SecondNode
+
+SHARES = {
+    "kill": 0.35,
+    "freeze": 0.15,
+    "hang": 0.08,
+    "raylet": 0.01,
+    "node": 0.01,
+    "preempt": 0.2,
+    "evict": 0.08,
+    "coordinator": 0.12,
+}
 SIGNALS = {
     "kill": signal.SIGKILL,
     "freeze": signal.SIGSTOP,
     "hang": signal.SIGSTOP,
+    "raylet": signal.SIGSTOP,
+    "node": signal.SIGSTOP,
     "preempt": signal.SIGTERM,
     "evict": signal.SIGTERM,
     "coordinator": signal.SIGKILL,
 }
+STOPPED = [kind for kind, number in SIGNALS.items() if number == signal.SIGSTOP]  # and woken
+FROZEN_RAYLETS = ("raylet", "node")
 PLACE = "island_place"  # the resource of which every island needs one
 AWAY_S = 20.0  # how long an evicted island's place is taken
+RAYLET_S, NODE_S = 5.0, 40.0  # how long a raylet is frozen; Ray gives it up after some 20 s
+ENDS_WITHIN_S = 10.0  # a given up node, once its raylet wakes
+OVER_WITHIN_S = 90.0  # a lost node: until islands live on another one
 AGAIN_S = 1.0  # a strike that hit nothing is repeated
 LOOK_EVERY_S = 0.05
 
@@ -48,12 +68,18 @@ class Planned:
     victim: float
 
 
-def schedule(per_hour: float, minutes: float, seed: int) -> list[Planned]:
-    """As many faults as the rate says, one in each equal part of the time, at a random moment of it."""
+def schedule(per_hour: float, minutes: float, seed: int, without: Container[str] = ()) -> list[Planned]:
+    """As many faults as the rate says, one in each equal part of the time, at a random moment of it.
+
+    without: kinds that cannot be; those drawn become kills. A node that there is no time to get over is not lost.
+    """
     rng, num_faults = random.Random(seed), round(per_hour * minutes / 60.0)
     every_s = minutes * 60.0 / max(1, num_faults)
     kinds = rng.choices(list(SHARES), list(SHARES.values()), k=num_faults)
-    return [Planned((i + rng.random()) * every_s, kind, rng.random()) for i, kind in enumerate(kinds)]
+    planned = [Planned((i + rng.random()) * every_s, kind, rng.random()) for i, kind in enumerate(kinds)]
+    last_s = minutes * 60.0 - OVER_WITHIN_S
+    planned = [replace(p, kind="raylet") if p.kind == "node" and p.at_s > last_s else p for p in planned]
+    return [replace(p, kind="kill") if p.kind in without else p for p in planned]
 
 
 @dataclass
@@ -82,8 +108,9 @@ class Fault:
             alive = island["state"] == "alive"
             is_another = alive and island["process"] != self.before
             changed = is_another or not alive
-            may_go_on = alive and self.kind in ("freeze", "hang")
-            well = is_another or (may_go_on and seen_s - island["last_seen_s"] > self.ends_s)
+            may_go_on = alive and self.kind in STOPPED
+            since_s = self.ends_s + (ENDS_WITHIN_S if self.kind == "node" else 0.0)
+            well = is_another or (may_go_on and seen_s - island["last_seen_s"] > since_s)
         if changed and self.detected_s is None:
             self.detected_s = seen_s
         if well:
@@ -103,10 +130,18 @@ class Fault:
 class Storm:
     """Give it the run's status documents (`see`), and let it `rage` in a thread until it is `over`."""
 
-    def __init__(self, planned: list[Planned], heartbeat_timeout_s: float, tell: Callable[[str], None]):
-        self._planned, self._tell = planned, tell
+    def __init__(
+        self,
+        planned: list[Planned],
+        heartbeat_timeout_s: float,
+        tell: Callable[[str], None],
+        node: SecondNode | None = None,
+    ):
+        """node: whose raylet is frozen, where that is planned."""
+        self._planned, self._tell, self._node = planned, tell, node
         # An island that stays silent is given up after one time-out and replaced after a second.
-        self._lasts_s = {"freeze": heartbeat_timeout_s / 4, "hang": 4 * heartbeat_timeout_s, "evict": AWAY_S}
+        self._lasts_s = {"freeze": heartbeat_timeout_s / 4, "hang": 4 * heartbeat_timeout_s}
+        self._lasts_s |= {"evict": AWAY_S, "raylet": RAYLET_S, "node": NODE_S}
         self.faults: list[Fault] = []
         self.missed: list[str] = []  # kinds of strikes that hit nothing: no island alive, or the process gone already
         self._status: Mapping[str, Any] = {"islands": ()}
@@ -143,7 +178,7 @@ class Storm:
     def zombies(self) -> list[int]:
         """Processes that hung, were replaced, and still live."""
         holders = {island["pid"] for island in self._status["islands"]}
-        hung = [fault for fault in self.faults if fault.kind == "hang"]
+        hung = [fault for fault in self.faults if fault.kind in ("hang", "node")]
         return [fault.pid for fault in hung if fault.pid not in holders and _lives(fault.pid, fault.began)]
 
     def _rage(self) -> None:
@@ -152,6 +187,8 @@ class Storm:
             for ended in [item for item in self._to_end if item[0] <= self.now_s]:
                 self._to_end.remove(ended)
                 ended[1]()
+            if self._node:
+                self._node.tend()
             for fault in self.faults:
                 if fault.recovered_s is None:
                     fault.observe(self._status, self._seen_s)
@@ -167,6 +204,8 @@ class Storm:
             targets = [(status["coordinator"]["pid"], status["coordinator"]["fence_epoch"], "")]
         else:
             targets = [(i["pid"], i["process"], i["name"]) for i in status["islands"] if i["state"] == "alive"]
+        if planned.kind in FROZEN_RAYLETS:
+            targets = [target for target in targets if self._raylet_of(target[0])]
         spared = {f.pid for f in self.faults if f.ends_s > self.now_s or f.kind in ("kill", "coordinator")}
         targets = [target for target in targets if target[0] not in spared]  # what is frozen or dead is no target
         try:
@@ -181,15 +220,23 @@ class Storm:
 
     def _hit(self, kind: str, pid: int) -> float:
         """When its cause is over. ProcessLookupError where there is no such process."""
-        ends_s = self.now_s + self._lasts_s.get(kind, 0.0)
+        ends_s, struck = self.now_s + self._lasts_s.get(kind, 0.0), pid
         os.kill(pid, 0)
         if kind == "evict":
             place = placement_group([{PLACE: 1}])
             self._to_end.append((ends_s, lambda: remove_placement_group(place)))
-        os.kill(pid, SIGNALS[kind])
-        if kind in ("freeze", "hang"):
-            self._to_end.append((ends_s, lambda: _go_on(pid)))
+        if kind in FROZEN_RAYLETS:
+            struck = self._raylet_of(pid) or pid
+        os.kill(struck, SIGNALS[kind])
+        if kind in STOPPED:
+            self._to_end.append((ends_s, lambda: _go_on(struck)))
         return ends_s
+
+    def _raylet_of(self, pid: int) -> int | None:
+        """That is not the driver's own, and not frozen already."""
+        if self._node is None or any(f.kind in FROZEN_RAYLETS and f.ends_s > self.now_s for f in self.faults):
+            return None
+        return self._node.raylet_of(pid)
 
 
 def _go_on(pid: int) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from diloco_ray.errors import ConfigError, StoreError
 from diloco_ray.log.record import Record
 from diloco_ray.runtime import chaos
 from diloco_ray.runtime.chaos import num_doubled, run_chaos, tokens_per_s, tokens_per_s_between
-from diloco_ray.runtime.storm import SHARES, Fault, Planned, Storm, schedule, start_of
+from diloco_ray.runtime.storm import FROZEN_RAYLETS, SHARES, Fault, Planned, Storm, schedule, start_of
 from tests.processes import write_recipe
 
 
@@ -31,6 +32,20 @@ def test_a_storm_has_as_many_faults_as_its_rate_says_and_is_the_same_for_the_sam
     assert [fault.at_s for fault in planned] == sorted(fault.at_s for fault in planned)
     assert 0 <= planned[0].at_s < 6 < 894 <= planned[-1].at_s < 900
     assert {fault.kind for fault in planned} == set(SHARES)
+
+
+def test_frozen_raylets_are_planned_only_where_they_can_be_and_lost_nodes_where_there_is_time_to_get_over_them() -> (
+    None
+):
+    planned, without = schedule(600, 15, seed=1), schedule(600, 15, seed=1, without=FROZEN_RAYLETS)
+    changed = [(was.kind, now.kind) for was, now in zip(planned, without) if was != now]
+    assert {was for was, _ in changed} == set(FROZEN_RAYLETS)
+    assert {now for _, now in changed} == {"kill"}
+    assert [(fault.at_s, fault.victim) for fault in planned] == [(fault.at_s, fault.victim) for fault in without]
+    assert any(fault.kind == "node" for fault in planned)
+    nodes = [fault.at_s for seed in range(100) for fault in schedule(600, 3, seed) if fault.kind == "node"]
+    assert nodes
+    assert max(nodes) <= 90
 
 
 def status(state: str = "alive", process: str = "a", last_seen_s: float = 0.2, **run: Any) -> dict[str, Any]:
@@ -55,6 +70,9 @@ def times_of(kind: str, *seen: tuple[float, dict[str, Any]], ends_s: float = 10.
         ("freeze", [(11, status(last_seen_s=1.5)), (13, status())], 12, None, 13),
         ("hang", [(15, status("lost")), (21, status(process="b"))], 30, 15, 21),
         ("hang", [(15, status("lost")), (29, status("lost")), (31, status())], 30, 15, 31),
+        ("raylet", [(12, status(last_seen_s=0.1)), (15, status(last_seen_s=1.0)), (16, status())], 15, None, 16),
+        ("node", [(35, status("lost")), (52, status()), (55, status(process="b"))], 50, 35, 55),
+        ("node", [(52, status()), (59, status()), (61, status())], 50, None, 61),
         ("preempt", [(11, status("left")), (12, status("left"))], 10, 11, None),
     ],
 )
@@ -119,6 +137,21 @@ def test_a_storm_strikes_processes_lets_go_of_them_and_counts_what_hit_nothing(
         f"fault 1: freeze of island-01 (pid {sleepers[1].pid})",
         f"fault 2: kill of island-00 (pid {sleepers[0].pid})",
     ]
+
+
+def test_a_frozen_raylet_is_woken_and_a_node_that_is_lost_is_tended(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    """One sleeper stands for the raylet of the other."""
+    island, raylet = sleepers
+    tended = list[bool]()
+    node: Any = SimpleNamespace(raylet_of={island.pid: raylet.pid}.get, tend=lambda: tended.append(True))
+    storm = Storm([Planned(0.0, "raylet", 0.9), Planned(0.1, "node", 0.0)], 400.0, lambda text: None, node)
+    storm.see(of_two([island]))
+    wait_for(lambda: storm.missed)  # what is frozen is not frozen again
+    assert (state_of(island), state_of(raylet)) == ("S", "T")
+    assert [(fault.kind, fault.pid) for fault in storm.faults] == [("raylet", island.pid)]
+    assert tended
+    storm.stop()
+    wait_for(lambda: state_of(raylet) == "S")
 
 
 def test_a_zombie_is_the_very_process_that_hung(sleepers: list[Any]) -> None:
