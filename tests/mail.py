@@ -72,6 +72,7 @@ def line_of(store: RunStore, job: CoordinatorJob, token: Token, deadline_s: floa
         uuid.uuid4().hex,
         poll_s=POLL_S,
         deadline_s=deadline_s,
+        heartbeat_timeout_s=60.0,
         new_replica=lambda: new_replica(job),
     )
 

@@ -39,7 +39,7 @@ class VirtualTime:
     def __init__(self, patch: pytest.MonkeyPatch):
         self.now_s = 1000.0
         self.rooms: list[Mailroom] = []
-        for side in ("run_store", "post_office"):
+        for side in ("run_store", "post_office", "calls"):
             patch.setattr(f"diloco_ray.transport.{side}.time", self)
 
     def monotonic(self) -> float:
@@ -115,7 +115,9 @@ class Mailroom:
     def token(self, island: str) -> Token:
         return create_token(self.store, RUN_ID, SECRET, island)
 
-    def line(self, token: Token, store: RunStore | None = None, deadline_s: float = 60.0) -> RunStoreTransport:
+    def line(
+        self, token: Token, store: RunStore | None = None, deadline_s: float = 60.0, heartbeat_timeout_s: float = 60.0
+    ) -> RunStoreTransport:
         return RunStoreTransport(
             store or self.store,
             RUN_ID,
@@ -123,6 +125,7 @@ class Mailroom:
             uuid.uuid4().hex,
             poll_s=POLL_S,
             deadline_s=deadline_s,
+            heartbeat_timeout_s=heartbeat_timeout_s,
             new_replica=lambda: new_replica(self.job),
         )
 

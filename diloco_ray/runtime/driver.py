@@ -120,7 +120,7 @@ class _Driver:
         process = uuid.uuid4().hex
         cluster, job = self._run.config.cluster, self._run.island_job()
         speed, sync = self._run.speed_of(self._names.index(name)), self._run.config.sync
-        connect = partial(RayTransport, self._coordinator, sync.coordinator_timeout_s)
+        connect = partial(RayTransport, self._coordinator, sync.coordinator_timeout_s, sync.heartbeat_timeout_s)
         place = Place(cluster, name, job.inner.ranks)
         self._lives[place.actor.live.remote(job, name, process, connect, sync, speed)] = Life(name, process, place)
 

@@ -89,6 +89,7 @@ def connect(run: Run, token: Token, process: str, deadline_s: float | None = Non
         process,
         poll_s=run.config.sync.poll_s,
         deadline_s=run.config.sync.coordinator_timeout_s if deadline_s is None else deadline_s,
+        heartbeat_timeout_s=run.config.sync.heartbeat_timeout_s,
         new_replica=partial(replica_of, run.document),
     )
 

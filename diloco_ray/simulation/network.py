@@ -15,7 +15,7 @@ from diloco_ray.simulation.green import Hub, Process, Task
 from diloco_ray.transport.calls import WITH_TENSORS, CallingTransport
 from diloco_ray.transport.protocol import News, SnapshotState
 
-CALL_S = 6.0  # the first attempt, as a carrier makes it; a deadline holds several
+CALL_S = 6.0  # the first attempt at most, as a carrier makes it; a deadline holds several
 PAUSE_S = 0.5
 
 
@@ -130,15 +130,16 @@ def _tensor_bytes(said: Any) -> int:
 class Line(CallingTransport):
     """A Transport: every call is made again until it is answered, or its deadline is over."""
 
-    def __init__(self, network: Network, process: Process, deadline_s: float):
-        self._network, self._process, self._deadline_s = network, process, deadline_s
+    def __init__(self, network: Network, process: Process, deadline_s: float, heartbeat_timeout_s: float):
+        super().__init__(deadline_s, heartbeat_timeout_s)
+        self._network, self._process = network, process
 
     def _now_s(self) -> float:
         return self._network.hub.now_s
 
     def _call(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
         hub = self._network.hub
-        until_s, attempt_s = hub.now_s + self._deadline_s, CALL_S
+        until_s, attempt_s = hub.now_s + self._deadline_s, self._attempt_s(method, CALL_S)
         while True:
             answered, answer = self._network.ask(self._process, method, arguments, attempt_s + wait_s)
             if answered:

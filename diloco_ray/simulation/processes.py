@@ -142,7 +142,8 @@ class CoordinatorLife:
                 self._changed.wait(until_s - self._hub.now_s)
             assert self.coordinator is not None
             verdict = self.coordinator.verdict_on(contribution)
-        payload[:] = 0  # what lies in the sender's memory may be gone once it is answered
+        if verdict.status != "pending":
+            payload[:] = 0  # what lies in the sender's memory may be gone once it is judged
         return verdict
 
     def _news(self, island: str, incarnation: int, after: int, wait_s: float, held: str) -> News:
@@ -176,7 +177,7 @@ class IslandLife:
         self.sent: list[tuple[Contribution, Bytes]] = []
         self._hub, self._job, self._audit = hub, job, audit
         self.identity = Identity(name, f"{name}/{number}", number, "node")
-        self._line = _AuditedLine(self, network, job.sync.coordinator_timeout_s)
+        self._line = _AuditedLine(self, network, job.sync.coordinator_timeout_s, job.sync.heartbeat_timeout_s)
         self.process.start("train", self._live)
 
     def _live(self) -> None:
@@ -236,8 +237,8 @@ class IslandLife:
 class _AuditedLine(Line):
     """An island's line, with the auditor and whoever tampers on it."""
 
-    def __init__(self, life: IslandLife, network: Network, deadline_s: float):
-        super().__init__(network, life.process, deadline_s)
+    def __init__(self, life: IslandLife, network: Network, deadline_s: float, heartbeat_timeout_s: float):
+        super().__init__(network, life.process, deadline_s, heartbeat_timeout_s)
         self._life, self._audit = life, life._audit
 
     def submit(self, contribution: Contribution, payload: Bytes) -> Verdict:

@@ -11,16 +11,29 @@ from diloco_ray.transport.protocol import Beat, Bytes, Hello, News, Order, Snaps
 
 # On a slow line these take longer than others: each attempt is given twice as long as the one before.
 WITH_TENSORS = ("submit", "follow", "snapshot")
+# While an answer to one of these is awaited in vain, the coordinator hears nothing of the island.
+SIGNS_OF_LIFE = ("join", "beat")
 
 
 class CallingTransport(ABC):
     """The Transport's messages as calls of the coordinator's doors by their names."""
 
-    _deadline_s: float  # how long a silent coordinator is waited for
+    def __init__(self, deadline_s: float, heartbeat_timeout_s: float):
+        """deadline_s: how long a coordinator is waited for that is silent, or gives no verdict. heartbeat_timeout_s:
+        how long it bears an island's silence."""
+        self._deadline_s, self._heartbeat_timeout_s = deadline_s, heartbeat_timeout_s
+
+    def _now_s(self) -> float:
+        return time.monotonic()
 
     @abstractmethod
     def _call(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
         """The answer. wait_s: how much longer than usual it may take. DeadlineError where none comes."""
+
+    def _attempt_s(self, method: str, usual_s: float) -> float:
+        """How long an attempt may take, the first one where each takes longer: of those that are signs of life there
+        are several before the island is given up."""
+        return min(usual_s, self._heartbeat_timeout_s / 4) if method in SIGNS_OF_LIFE else usual_s
 
     def join(self, hello: Hello) -> Welcome:
         return self._call("join", hello)
@@ -29,22 +42,22 @@ class CallingTransport(ABC):
         return self._call("beat", beat)
 
     def submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
-        """Again while it is inspected: a coordinator whose storage is slow answers, and has no verdict yet."""
+        """Again while the coordinator has it in hand and cannot tell: it may be busy, or its storage slow."""
         until_s = self._now_s() + self._deadline_s
-        while (verdict := self._submit(contribution, payload)).status == "pending":
+        while (verdict := self._offer(contribution, payload)).status == "pending":
             if self._now_s() > until_s:
+                fragment, round, island = contribution.key
                 raise DeadlineError(
-                    f"the coordinator has had no verdict on a contribution for {self._deadline_s:g} s",
-                    where=contribution.island,
-                    remedy="look at the coordinator's log, and whether its storage answers",
+                    f"the coordinator gave no verdict on fragment {fragment}, round {round + 1} for "
+                    f"{self._deadline_s:g} s, though it answers",
+                    where=island,
+                    remedy="look whether the coordinator's storage is slow; the same command goes on from the last "
+                    "committed record",
                 )
         return verdict
 
-    def _submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
+    def _offer(self, contribution: Contribution, payload: Bytes) -> Verdict:
         return self._call("submit", contribution, payload)
-
-    def _now_s(self) -> float:
-        return time.monotonic()
 
     def follow(self, island: str, incarnation: int, after: int, wait_s: float, held: str = "") -> News:
         return self._call("follow", island, incarnation, after, wait_s, held, wait_s=wait_s)

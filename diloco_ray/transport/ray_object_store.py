@@ -6,6 +6,7 @@ ask while it is read: what it answers is a reference. A call that failed may hav
 content, until the deadline.
 """
 
+import math
 import sys
 import time
 from typing import Any
@@ -16,24 +17,26 @@ from ray import exceptions
 from diloco_ray.errors import DeadlineError
 from diloco_ray.transport.calls import WITH_TENSORS, CallingTransport
 
-CALL_S = 60.0  # the first attempt; an answer that takes longer is asked for again
+CALL_S = 60.0  # the first attempt at most; an answer that takes longer is asked for again
 PAUSE_S = 0.2
 GONE = (exceptions.RayActorError, exceptions.ObjectLostError)  # the coordinator, or what lay in its memory
 NO_ROOM = (exceptions.ObjectStoreFullError, exceptions.OutOfDiskError)
 
 
 class RayTransport(CallingTransport):
-    """A Transport over the coordinator's actor handle. deadline_s: how long a silent coordinator is waited for."""
+    """A Transport over the coordinator's actor handle."""
 
-    def __init__(self, coordinator: Any, deadline_s: float):
-        self._coordinator, self._deadline_s = coordinator, deadline_s
+    def __init__(self, coordinator: Any, deadline_s: float, heartbeat_timeout_s: float = math.inf):
+        """See `CallingTransport`; an evaluator has no heart."""
+        super().__init__(deadline_s, heartbeat_timeout_s)
+        self._coordinator = coordinator
 
     def _call(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
         """While Ray restarts the coordinator its calls fail; a get may even hang after a cut, hence the time-out.
 
         Where an object store is full, even after spilling to disk, it may have room again once others have been served.
         """
-        until, attempt_s, is_told = time.monotonic() + self._deadline_s, CALL_S, False
+        until, attempt_s, is_told = time.monotonic() + self._deadline_s, self._attempt_s(method, CALL_S), False
         while True:
             try:
                 answer = ray.get(getattr(self._coordinator, method).remote(*arguments), timeout=attempt_s + wait_s)

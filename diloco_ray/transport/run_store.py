@@ -6,6 +6,7 @@ read from the log, where they lie anyway. No port is opened, and nothing but byt
 A store that does not answer is waited for until the deadline; meanwhile the inner loop goes on to the end of its round.
 """
 
+import math
 import sys
 import threading
 import time
@@ -51,8 +52,8 @@ class RunStoreTransport(CallingTransport):
     """A Transport over a run store. Its calls may come from several threads.
 
     process: 32 hex digits that no other process has. poll_s: longest pause between two looks for an answer; it begins
-    with a tenth of that. deadline_s: how long a silent coordinator, or a silent store, is waited for. new_replica: an
-    empty one, for a snapshot to be read into.
+    with a tenth of that. deadline_s, heartbeat_timeout_s: see `CallingTransport`; a silent store is waited for as
+    long as a silent coordinator. new_replica: an empty one, for a snapshot to be read into.
     """
 
     def __init__(
@@ -64,14 +65,16 @@ class RunStoreTransport(CallingTransport):
         *,
         poll_s: float,
         deadline_s: float,
+        heartbeat_timeout_s: float,
         new_replica: Callable[[], Replica],
     ):
+        super().__init__(deadline_s, heartbeat_timeout_s)
         self._store, self._run_id, self._token, self._process = store, run_id, token, process
-        self._poll_s, self._deadline_s, self._new_replica = poll_s, deadline_s, new_replica
+        self._poll_s, self._new_replica = poll_s, new_replica
         self._numbers, self._numbering = 0, threading.Lock()
         self._is_told = False
 
-    def _submit(self, contribution: Contribution, payload: Bytes) -> Verdict:
+    def _offer(self, contribution: Contribution, payload: Bytes) -> Verdict:
         return self._call("submit", contribution, payload=payload)
 
     def follow(self, island: str, incarnation: int, after: int, wait_s: float, held: str = "") -> News:
@@ -127,6 +130,7 @@ class RunStoreTransport(CallingTransport):
         takes, gives = CALLS[method]
         call = {"call": method, "arguments": plain(takes, arguments)}
         until_s = time.monotonic() + self._deadline_s + wait_s
+        unanswered: list[str] = []
         while True:
             epoch, ended = self._patiently("find the coordinator", lambda: self._coordinator(until_s), until_s)
             if ended:
@@ -142,10 +146,14 @@ class RunStoreTransport(CallingTransport):
             self._patiently(method, partial(self._post, f"{path}.request", letter), until_s)
             body = self._await_answer(method, path, epoch, until_s)
             if body is not None:
+                for earlier in unanswered:
+                    self._discard(f"{earlier}.request")
+                    self._discard(f"{earlier}.answer")
                 try:
                     return understood(gives, body.get("answer"))
                 except LetterError as error:
                     raise CorruptionError(f"the coordinator's answer is not understood: {error}", where=path) from error
+            unanswered.append(path)
             self._pause(self._poll_s, until_s, f"no coordinator answered '{method}'")
 
     def _new_path(self) -> str:
@@ -174,6 +182,7 @@ class RunStoreTransport(CallingTransport):
     def _await_answer(self, method: str, path: str, epoch: int, until_s: float) -> dict[str, Any] | None:
         """None where it has to be written again."""
         pause_s, looks, may_come = max(QUICKEST_S, self._poll_s / 10), 0, True
+        again_s = time.monotonic() + max(self._attempt_s(method, math.inf), 3 * self._poll_s)  # two looks and a turn
         while True:
             looks += 1
             if looks % LOOKS == 0:
@@ -184,6 +193,8 @@ class RunStoreTransport(CallingTransport):
             if not may_come:
                 self._discard(f"{path}.request")
                 return None
+            if time.monotonic() > again_s:
+                return None  # it stays: whenever it is opened, it is a sign of life
             self._pause(pause_s, until_s, f"the coordinator did not answer '{method}'")
             pause_s = min(self._poll_s, 1.5 * pause_s)
 

@@ -13,8 +13,8 @@ from diloco_ray.errors import FencedError, OvertakenError, StoreError
 from diloco_ray.log.run_log import RunLog
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import list_snapshots
-from diloco_ray.simulation.storage import IOCall, TappedStore
 from diloco_ray.log.verify import verify
+from diloco_ray.simulation.storage import IOCall, TappedStore
 from diloco_ray.transport.protocol import Beat
 from tests.small_run import Life, SmallIsland, begun, files, join_all, new_replica, records, restored, small_job
 

@@ -101,6 +101,30 @@ def test_nobody_is_given_up_for_what_takes_long_on_the_line(teller: Teller) -> N
         assert (story.problem, [line for line in story.trace if "silent" in line]) == ("", [])
 
 
+def test_an_answer_that_is_lost_costs_no_island_its_work(teller: Teller) -> None:
+    """For a second nothing reaches the islands, and silence is borne no longer than an attempt at a call may take."""
+    body = {
+        "recipe": {"sync": {"heartbeat_timeout_s": 6.0}},
+        "network": {"loss": 0.0, "late": 0.0},
+        "faults": [{"deafen": f"island-0{number}", "at_s": 4.0 + number, "for_s": 2.5} for number in range(3)],
+    }
+    for seed in range(4):
+        story = teller.tell(Named("deaf", Scenario.model_validate(body)), seed)
+        assert (story.problem, [line for line in story.trace if "silent" in line]) == ("", [])
+
+
+def test_a_coordinator_whose_storage_is_slow_loses_and_forgets_no_island(teller: Teller) -> None:
+    body = {
+        "variants": [{}, {"sync": {"preset": "decoupled", "fragments": 3}}],
+        "network": {"loss": 0.0, "late": 0.0, "doubled": 0.0},
+        "faults": [{"sluggish": "storage", "at_s": 2, "for_s": 100}],
+    }
+    for seed in range(6):
+        story = teller.tell(Named("slow", Scenario.model_validate(body)), seed)
+        words = [line for line in story.trace if " joined" in line or "ended:" in line or "rejected (strike" in line]
+        assert (story.problem, len(words)) == ("", len({line.split()[2] for line in words})), story.trace
+
+
 def test_fifty_islands_join_within_a_second(teller: Teller) -> None:
     steady = {"loss": 0.0, "late": 0.0, "delay_s": [0.01, 0.4]}
     crowd = {"recipe": {"islands": [2, 50], "rounds": 1}, "network": steady}

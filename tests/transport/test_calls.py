@@ -1,54 +1,121 @@
-"""What every carrier that makes calls does with a coordinator that answers, and has no verdict yet."""
+"""Messages that are calls: a verdict that takes long is asked for again, and so is a sign of life, soon enough."""
 
-from collections.abc import Iterable
-from itertools import repeat
+import asyncio
+import threading
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import ray
 
 from diloco_ray.coordination.messages import Contribution, Verdict
 from diloco_ray.errors import DeadlineError
 from diloco_ray.log.run_store import RunStore
-from diloco_ray.transport.calls import CallingTransport
-from diloco_ray.transport.protocol import Bytes
-from tests.small_run import Life, SmallIsland, begun, join_all, small_job
+from diloco_ray.runtime import coordinator_actor
+from diloco_ray.transport.protocol import Beat, Bytes, Order
+from tests.mailroom import Mailroom, VirtualTime
+from tests.small_run import Life, SmallIsland, begun, records, small_job
 
-
-class Patient(CallingTransport):
-    """Each call takes 50 s of a clock of its own."""
-
-    def __init__(self, verdicts: Iterable[Verdict], deadline_s: float):
-        self._verdicts, self._deadline_s, self.num_calls = iter(verdicts), deadline_s, 0
-
-    def _call(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
-        assert method == "submit"
-        self.num_calls += 1
-        return next(self._verdicts)
-
-    def _now_s(self) -> float:
-        return 50.0 * self.num_calls
+JOB = small_job(num_islands=1)
+Actor: Callable[..., Any] = coordinator_actor.CoordinatorActor.__ray_metadata__.modified_class
 
 
 @pytest.fixture
-def item(tmp_path: Path) -> tuple[Contribution, Bytes]:
-    """Header and payload, as an island sends them."""
-    job = small_job(num_islands=1)
-    life, island = Life(begun(RunStore(str(tmp_path / "run")), job), job), SmallIsland(0, job)
-    join_all(life.coordinator, [island])
-    return island.contribution(life.plan_of(island))
+def time(monkeypatch: pytest.MonkeyPatch) -> VirtualTime:
+    return VirtualTime(monkeypatch)
 
 
-def test_a_contribution_is_sent_again_while_it_is_inspected(
-    item: tuple[Contribution, Bytes],
+@pytest.fixture
+def room(time: VirtualTime) -> Mailroom:
+    return Mailroom(f"memory://{uuid.uuid4().hex}/run", time, JOB)
+
+
+class SlowLife(Life):
+    """Its jobs are done when a contribution has come for the last time."""
+
+    def __init__(self, room: Mailroom, num_times: int):
+        super().__init__(room.store, room.job)
+        self.verdicts: list[str] = []
+        self._num_times, submit = num_times, self.coordinator.submit
+
+        def submitted(contribution: Contribution, payload: Bytes) -> Verdict:
+            verdict = submit(contribution, payload)
+            self.verdicts.append(verdict.status)
+            if len(self.verdicts) == self._num_times:
+                self.settle()
+            return self.coordinator.verdict_on(contribution)
+
+        self.coordinator.submit = submitted  # type: ignore[method-assign]
+        room.coordinator = self.coordinator
+        room.begin_office()
+
+
+def test_a_contribution_is_sent_again_without_a_hello_until_there_is_a_verdict_on_it(room: Mailroom) -> None:
+    """A coordinator whose storage is slow may take longer over it than a call lasts."""
+    life, worker = SlowLife(room, 30), room.worker(0)
+    worker.hello()
+    contribution = worker.island.contribution(life.plan_of(worker.island))
+    assert worker.line.submit(*contribution) == Verdict("accepted")
+    assert life.verdicts == ["pending"] * 30
+    assert life.notes().count("island-00 joined") == 1
+    assert worker.line.submit(*contribution) == Verdict("committed")
+
+
+def test_a_coordinator_that_gives_no_verdict_is_given_up_by_name_at_the_deadline(room: Mailroom) -> None:
+    life, worker = SlowLife(room, 10**6), room.worker(0)
+    worker.hello()
+    began_s, line = room.time.now_s, room.line(worker.token, deadline_s=40.0)
+    with pytest.raises(DeadlineError, match=r"no verdict on fragment 0, round 1 for 40 s") as caught:
+        line.submit(*worker.island.contribution(life.plan_of(worker.island)))
+    assert caught.value.where == "island-00"
+    assert 40.0 < room.time.now_s - began_s < 60.0
+
+
+def test_the_actor_says_that_there_is_no_verdict_yet_and_keeps_what_it_inspects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = Patient([Verdict("pending")] * 3 + [Verdict("accepted")], deadline_s=600.0)
-    assert line.submit(*item) == Verdict("accepted")
-    assert line.num_calls == 4
+    """A coordinator that did not know the island would say so: that is another answer."""
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "here")
+    monkeypatch.setattr(coordinator_actor, "VERDICT_TIMEOUT_S", 0.05)
+    store, island, done = begun(RunStore(str(tmp_path / "run")), JOB), SmallIsland(0, JOB), threading.Event()
+
+    async def story() -> list[str]:
+        actor = Actor(store.url, JOB)
+        actor._worker.submit(done.wait)
+        island.incarnation = (await actor.join(island.hello())).incarnation
+        header, payload = island.contribution(actor._coordinator.state.open_plans(island.name)[0])
+        said = [(await actor.submit(header, payload)).status]
+        while len(said) < 1000 and said[-1] == "pending":
+            said.append((await actor.submit(header, np.zeros_like(payload))).status)
+            if len(said) == 3:
+                done.set()
+        done.set()
+        await actor.finish()
+        return said
+
+    said = asyncio.run(story())
+    assert len(said) > 3
+    assert (set(said[:-1]), said[-1]) == ({"pending"}, "accepted")
+    assert [share.island for share in records(store)[0].shares] == ["island-00"]
 
 
-def test_a_verdict_that_never_comes_is_waited_for_until_the_deadline(item: tuple[Contribution, Bytes]) -> None:
-    line = Patient(repeat(Verdict("pending")), deadline_s=600.0)
-    with pytest.raises(DeadlineError, match="no verdict on a contribution for 600 s"):
-        line.submit(*item)
-    assert line.num_calls == 13
+def test_a_beat_whose_letter_is_never_answered_is_written_again_before_the_island_is_given_up(room: Mailroom) -> None:
+    """This coordinator stumbled over the first one, and does not try it again."""
+    worker, beat, heard = room.worker(0), room.coordinator.beat, list[float]()
+    worker.hello()
+
+    def stumble_once(said: Beat) -> Order:
+        heard.append(room.time.now_s)
+        if len(heard) == 1:
+            raise RuntimeError("a door that breaks")
+        return beat(said)
+
+    room.coordinator.beat = stumble_once  # type: ignore[method-assign]
+    line = room.line(worker.token, deadline_s=600.0, heartbeat_timeout_s=60.0)
+    assert line.beat(Beat("island-00", 1)) == "go_on"
+    assert len(heard) == 2
+    assert heard[1] - heard[0] < 20.0
+    assert room.store.list("mail/island-00") == []

@@ -22,7 +22,7 @@ from diloco_ray.errors import CorruptionError, DeadlineError, RunMismatchError
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.transport.follower import Follower
 from diloco_ray.transport.in_memory import InMemoryTransport
-from diloco_ray.transport.protocol import Beat, News, Transport
+from diloco_ray.transport.protocol import Beat, Hello, News, Transport
 from tests.mail import Correspondents, office_open
 from tests.small_run import SmallIsland, begun, coordinator_of, join_all, new_replica, records, restored, small_job
 
@@ -469,10 +469,11 @@ def test_over_ray_a_full_object_store_is_waited_for_with_a_word_and_until_the_de
     assert "object_store_memory" in caught.value.remedy
 
 
-def test_over_ray_what_carries_tensors_is_given_longer_each_time_and_a_beat_is_not(
+def test_over_ray_what_carries_tensors_is_given_longer_each_time_and_a_sign_of_life_is_soon_given_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a slow line a payload takes longer than any fixed time."""
+    """On a slow line a payload takes longer than any fixed time. An answer to a beat that never comes must not be
+    awaited until the island is given up for its silence."""
     import ray
 
     from diloco_ray.transport.ray_object_store import RayTransport
@@ -491,11 +492,16 @@ def test_over_ray_what_carries_tensors_is_given_longer_each_time_and_a_beat_is_n
 
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr("diloco_ray.transport.ray_object_store.PAUSE_S", 0.0)
-    line = RayTransport(Anyone(), PATIENCE_S)
+    line: Any = RayTransport(Anyone(), PATIENCE_S, heartbeat_timeout_s=60.0)
     line.snapshot()
     assert asked == [60.0, 120.0, 240.0, 480.0]
+    for say, message in ((line.beat, Beat("island-00", 1)), (line.join, Hello("island-00", "process", 1, "here"))):
+        asked.clear()
+        say(message)
+        assert asked == [15.0] * 4
     asked.clear()
-    line.beat(Beat("island-00", 1))
+    patient: Any = RayTransport(Anyone(), PATIENCE_S, heartbeat_timeout_s=3600.0)
+    patient.beat(Beat("island-00", 1))
     assert asked == [60.0] * 4
 
 
