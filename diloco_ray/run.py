@@ -26,7 +26,7 @@ from diloco_ray.document import DOCUMENT, FORMAT_VERSION, create, outer_of, writ
 from diloco_ray.errors import DataError, DeadlineError, RunMismatchError
 from diloco_ray.ids import island_name
 from diloco_ray.island.evaluator import EvaluationPlan
-from diloco_ray.island.inner_optimizer import check_available
+from diloco_ray.island.inner_optimizer import check_available, longest_move
 from diloco_ray.island.job import IslandJob
 from diloco_ray.log.record import unseal
 from diloco_ray.log.run_store import RunStore
@@ -85,6 +85,7 @@ class Run:
             islands_by_round=islands_by_round(config.experiment.islands_by_round, config.max_islands, config.rounds),
             snapshot_every_rounds=config.storage.snapshot_every_rounds,
             max_norm_ratio=sync.max_norm_ratio,
+            longest=tuple(longest_move(config.inner, fragment.num_values) for fragment in layout.fragments),
             max_inbox_bytes=sync.max_inbox_bytes,
         )
         return CoordinatorJob(

@@ -1,8 +1,8 @@
 """Admission: which contributions may enter. Every answer has its reason.
 
 The ladder, cheapest first: run and protocol, seen before, current incarnation, round, base version, lease, schema and
-size; then, after a look at the payload, digest, finite values and the norm against the running median. What is merely
-late or repeated costs the island nothing; what is wrong under a lease that it holds is a strike.
+size; then, after a look at the payload, digest, finite values and the norm against what is usual and what is possible.
+What is merely late or repeated costs the island nothing; what is wrong under a lease that it holds is a strike.
 """
 
 import math
@@ -10,7 +10,7 @@ import statistics
 
 from diloco_ray.coordination.membership import is_current, may_return
 from diloco_ray.coordination.messages import Contribution, InnerPlan, Verdict
-from diloco_ray.coordination.state import Rules, RunState, ended
+from diloco_ray.coordination.state import Accepted, Rules, RunState, ended
 from diloco_ray.ids import PROTOCOL_VERSION
 
 NORM_HISTORY = 64  # per fragment
@@ -112,17 +112,23 @@ def lack_of_room(state: RunState, c: Contribution) -> str:
     )
 
 
-def judge_norm(state: RunState, fragment: int, norm: float) -> Verdict:
-    """Accepts a payload whose digest and values are right unless its norm is absurd."""
+def judge_norm(state: RunState, held: Accepted, norm: float) -> Verdict:
+    """Accepts a payload whose digest and values are right unless its norm is absurd.
+
+    That is, above what is usual, which the running median tells, and above what is possible, which the recipe tells:
+    without it the first contributions would be measured by nothing, and all later ones by those.
+    """
     if not math.isfinite(norm):
         return refuse(f"values: the norm of the outer gradient is {norm}")
+    rules, fragment = state.rules, held.contribution.fragment
+    longest = rules.longest[fragment] if rules.longest else 0.0
+    longest *= max(1.0, held.inner_steps / rules.inner_steps_per_round)
     waiting = [item.norm for key, item in state.inbox.items() if key[0] == fragment and item.norm is not None]
     seen = [*state.norms.get(fragment, ()), *waiting]
-    if seen:
-        median = statistics.median(seen)
-        limit = state.rules.max_norm_ratio * median
-        if norm > limit > 0.0:
-            return refuse(
-                f"norm: {norm:.3g} is more than {state.rules.max_norm_ratio:g} x the running median {median:.3g}"
-            )
+    median = statistics.median(seen) if seen else 0.0
+    if norm > max(longest, rules.max_norm_ratio * median) > 0.0:
+        usual = f"{rules.max_norm_ratio:g} x the running median {median:.3g}"
+        possible = f"{longest:.3g}, which {held.inner_steps} inner steps do not exceed"
+        bounds = [usual] * (median > 0.0) + [possible] * (longest > 0.0)
+        return refuse(f"norm: {norm:.3g} is more than {' and than '.join(bounds)}")
     return Verdict("accepted")

@@ -200,7 +200,7 @@ def _inspected(state: RunState, event: Inspected) -> Step:
     if held is None or held.contribution.payload_sha256 != c.payload_sha256 or held.norm is not None:
         # Not what is being inspected now: its island was lost meanwhile, or the answer came twice.
         return state, [Answer(c, judge_header(state, c) or Verdict("unknown"))]
-    verdict = refuse(event.problem) if event.problem else judge_norm(state, c.fragment, event.norm)
+    verdict = refuse(event.problem) if event.problem else judge_norm(state, held, event.norm)
     if verdict.status == "rejected":
         return _strike(state, c, verdict.reason)
     accepted = replace(held, norm=event.norm, accepted_s=event.now_s)

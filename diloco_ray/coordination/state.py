@@ -42,6 +42,7 @@ class Rules:
     islands_by_round: tuple[int, ...] = ()  # how many take part; empty: all that there are
     snapshot_every_rounds: int = 10
     max_norm_ratio: float = 100.0
+    longest: tuple[float, ...] = ()  # norms that outer gradients of H inner steps do not have, per fragment; 0: unknown
     max_inbox_bytes: int = 2 * 1024**3
 
     @property

@@ -102,6 +102,25 @@ def learning_rate_at(settings: InnerSettings, step: int, num_steps: int, own_ste
     return rate
 
 
+def longest_move(settings: InnerSettings, num_values: int) -> float:
+    """A norm that no outer gradient of one round has: ten times what the inner steps can move so many values by.
+
+    A step of AdamW moves a value by its learning rate times |m| / sqrt(v), which is at most
+    (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)), after Cauchy and Schwarz, and usually no more than 1. Muon's steps are
+    scaled to be no longer. SGD moves by the learning rate times the clipped gradient. The ten times are room for weight
+    decay, for merging and for encoding. 0 where nothing is known: SGD without clipping, b1^2 >= b2.
+    """
+    first, second = settings.betas
+    if settings.optimizer == "sgd":
+        step = settings.clip_norm or 0.0
+    elif first**2 >= second:
+        step = 0.0
+    else:
+        steepest = (1.0 - first) / math.sqrt((1.0 - second) * (1.0 - first**2 / second))
+        step = max(1.0, steepest) * math.sqrt(num_values)
+    return 10.0 * settings.steps_per_round * settings.learning_rate * step
+
+
 def state_tensors(optimizer: InnerOptimizer) -> dict[str, Tensor]:
     """Every tensor of the optimizer's state as `<parameter number>.<name>`, on the CPU."""
     return {

@@ -13,7 +13,7 @@ from diloco_ray.simulation.scenario import BadPayload
 from diloco_ray.transport.protocol import Bytes
 
 Sent = tuple[Contribution, Bytes]
-# Refused for its norm, which is over `sync.max_norm_ratio`; got over where a fragment had no norm to compare it with.
+# Refused for its norm, but of an island whose learning rate has just begun to rise: no further than others go later.
 HUGE = 2.0**10
 PICKLED = b"cposix\nsystem\n(S'echo a pickle was loaded'\ntR."
 

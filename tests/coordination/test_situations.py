@@ -337,6 +337,30 @@ def test_a_norm_far_above_the_median_is_refused():
     assert world.state.norms == {0: (1.0, 3.0, 199.0)}
 
 
+def test_a_first_norm_is_measured_by_what_inner_steps_can_do():
+    world = at_work("a", "b", "c", longest=(5.0,))
+    reason = world.send("a", payload="norm 5.1").reason
+    assert reason == "norm: 5.1 is more than 5, which 2 inner steps do not exceed"
+    world.fetch_plan("a")
+    assert world.send("a", payload="norm 5.0") == Verdict("accepted")
+
+
+def test_after_a_first_norm_that_is_far_too_small_honest_ones_are_accepted():
+    """Nothing but the first one is there to compare them with; nobody is to be struck for its fault."""
+    world = at_work("a", "b", "c", longest=(5.0,))
+    for island, norm in (("a", 1e-9), ("b", 1.0), ("c", 4.0)):
+        assert world.send(island, payload=f"norm {norm}") == Verdict("accepted")
+
+
+def test_a_norm_that_is_usual_is_accepted_though_no_inner_steps_could_make_it():
+    """With error feedback, what was left out of some rounds may come in one."""
+    world = at_work("a", "b", longest=(5.0,))
+    world.state = replace(world.state, norms={0: (4.0, 4.0)})
+    assert world.send("a", payload="norm 300.0") == Verdict("accepted")
+    reason = world.send("b", payload="norm 1e6").reason
+    assert reason == "norm: 1e+06 is more than 100 x the running median 4 and than 5, which 2 inner steps do not exceed"
+
+
 @pytest.mark.parametrize("norm", ["nan", "inf"])
 def test_a_norm_that_is_no_number_is_refused(norm: str):
     world = at_work("a", "b")

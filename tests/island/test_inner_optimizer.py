@@ -14,6 +14,7 @@ from diloco_ray.island.inner_optimizer import (
     is_hidden_matrix,
     learning_rate_at,
     load_state_tensors_,
+    longest_move,
     state_tensors,
 )
 from diloco_ray.island.settings import InnerSettings
@@ -70,6 +71,30 @@ def test_a_joiners_ramp_multiplies_the_rate_that_all_have() -> None:
 
 def test_without_a_ramp_a_joiner_has_everybodys_rate() -> None:
     assert learning_rate_at(settings(joiner_ramp_steps=0, schedule="constant"), 50, 100, 0) == 1.0
+
+
+# ---- how far steps can go ----
+
+
+@pytest.mark.parametrize("fields", [{}, {"betas": (0.9, 0.999)}, {"optimizer": "muon"}, {"optimizer": "sgd"}])
+@pytest.mark.parametrize("growth", [0.2, 1.0, 5.0])
+def test_no_gradients_move_parameters_further_than_the_longest_move(fields: dict[str, Any], growth: float) -> None:
+    """Of one sign, so that every step goes on from the one before, and growing as fast as is worst for AdamW."""
+    inner = settings(learning_rate=0.01, steps_per_round=30, weight_decay=0.0, **fields)
+    moved = parameters({"layers.0.weight": (16, 16)})
+    before = moved["layers.0.weight"].detach().clone()
+    optimizer = build_inner_optimizer(inner, moved)
+    for step in range(inner.steps_per_round):
+        gradient = torch.full((16, 16), growth**step)
+        moved["layers.0.weight"].grad = gradient / gradient.norm() if inner.optimizer == "sgd" else gradient
+        optimizer.step()
+    length = (moved["layers.0.weight"].detach() - before).norm().item()
+    assert longest_move(inner, 256) / 2000 < length < longest_move(inner, 256) / 9.9
+
+
+@pytest.mark.parametrize("fields", [{"optimizer": "sgd", "clip_norm": None}, {"betas": (0.99, 0.9)}])
+def test_where_steps_may_have_any_length_no_longest_move_is_known(fields: dict[str, Any]) -> None:
+    assert longest_move(settings(**fields), 256) == 0.0
 
 
 # ---- state ----

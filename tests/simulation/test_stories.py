@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,17 @@ def test_a_huge_contribution_is_refused_for_its_norm(teller: Teller, uplink: str
     assert story.problem == ""
     reason = r"island-01: contribution rejected \(strike 1\): norm: \d+(\.\d)? is more than 100 x the running"
     assert re.search(reason, refused)
+
+
+def test_a_huge_contribution_is_refused_before_any_other_has_come(teller: Teller) -> None:
+    """What its inner steps can do is known from the recipe."""
+    faults: list[dict[str, Any]] = [{"bad_payload": "island-01", "at_s": 0.1, "how": "huge"}]
+    faults += [{"freeze": name, "at_s": 0.2, "for_s": 20} for name in ("island-00", "island-02")]
+    body = {"recipe": {"rounds": 2}, "faults": faults, "network": {"loss": 0}}
+    story = teller.tell(Named("huge", Scenario.model_validate(body)), 0)
+    [refused] = [line for line in story.trace if "rejected" in line]
+    assert story.problem == ""
+    assert re.search(r"strike 1\): norm: \d+(\.\d)? is more than \d.*, which \d+ inner steps do not exceed", refused)
 
 
 def test_nobody_is_given_up_for_what_takes_long_on_the_line(teller: Teller) -> None:
