@@ -76,6 +76,7 @@ class Coordinator:
         self._uplink, self._combine = get_codec(job.rules.uplink), job.outer.combine_function
         self.error: DiLoCoError | None = None  # what ended this life
         self.fence_epoch = take_fence(store, job.rules.run_id, holder)
+        store.sweep()
         self._log = RunLog.open(store)
         while self.fence_epoch < self._log.tail.fence_epoch:  # fences were deleted; along the chain they never fall
             self.fence_epoch = take_fence(store, job.rules.run_id, holder, self._log.tail.fence_epoch)

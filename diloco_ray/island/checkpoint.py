@@ -28,6 +28,9 @@ class IslandCheckpoints:
     store: RunStore
     run_id: str
 
+    def __post_init__(self) -> None:
+        self.store.sweep()
+
     def save(self, round: int, optimizer: InnerOptimizer, own_steps: int | None) -> None:
         """own_steps: see `learning_rate_at`."""
         meta = {"run_id": self.run_id, "round": round, "own_steps": own_steps}

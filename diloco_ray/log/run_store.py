@@ -27,10 +27,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from diloco_ray.errors import StoreError
+from diloco_ray.log import disk
 
 Bytes = bytes | bytearray | memoryview
 
-_HIDDEN = ".tmp-"  # prefix of files that are not there yet; a killed writer may leave one behind
 _CREDENTIALS = re.compile("Credentials|Token|SSO|Profile|Authentication|InvalidAccessKeyId|SignatureDoesNotMatch")
 _MEMORY_LOCK = threading.Lock()  # fsspec's memory file system looks, then writes: two threads could both create
 
@@ -83,8 +83,7 @@ class RunStore:
         full = self._full(path)
         with self._naming("write", path):
             if self.is_local:
-                with _temporary_beside(Path(full), data) as temporary:
-                    os.replace(temporary, full)
+                disk.write(Path(full), data)
             else:
                 self._fs.pipe_file(full, bytes(data))
 
@@ -97,8 +96,7 @@ class RunStore:
         full = self._full(path)
         with self._naming("create", path):
             if self.is_local:
-                with _temporary_beside(Path(full), data) as temporary:
-                    _link(temporary, Path(full))
+                disk.create(Path(full), data)
             elif isinstance(self._fs, MemoryFileSystem):
                 with _MEMORY_LOCK:
                     self._fs.pipe_file(full, bytes(data), mode="create")
@@ -125,7 +123,7 @@ class RunStore:
                 return []
         below = full.strip("/")
         names = {entry.strip("/").rsplit("/", 1)[-1] for entry in entries if entry.strip("/") != below}
-        return sorted(name for name in names if not name.startswith(_HIDDEN))
+        return sorted(name for name in names if not name.startswith(disk.HIDDEN))
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Names of the files directly in a folder, sorted, and their bytes; a missing folder is an empty one."""
@@ -138,7 +136,7 @@ class RunStore:
         below = full.strip("/")  # which the listing of a file consists of
         there = {entry["name"].strip("/"): entry for entry in entries if entry["type"] == "file"}
         files = {name.rsplit("/", 1)[-1]: entry for name, entry in there.items() if name != below}
-        return {name: int(files[name]["size"] or 0) for name in sorted(files) if not name.startswith(_HIDDEN)}
+        return {name: int(files[name]["size"] or 0) for name in sorted(files) if not name.startswith(disk.HIDDEN)}
 
     def delete(self, path: str) -> None:
         """Removes the file if it is there."""
@@ -156,6 +154,11 @@ class RunStore:
         if self.is_local:
             with self._naming("delete", folder):
                 shutil.rmtree(self._full(folder), ignore_errors=True)
+
+    def sweep(self) -> None:
+        """On a disk, removes what killed writers have left anywhere in this folder."""
+        if self.is_local:
+            disk.sweep(Path(self._root))
 
     def probe(self) -> None:
         """Tries everything that a run needs; StoreError with a remedy if the store cannot be trusted with one."""
@@ -250,51 +253,3 @@ def _kinds(error: BaseException | None) -> list[str]:
     answer = cast(dict[str, dict[str, str]] | None, getattr(error, "response", None))
     code = answer.get("Error", {}).get("Code", "") if isinstance(answer, dict) else ""
     return [type(error).__name__, str(code), *_kinds(error.__cause__)]
-
-
-@contextmanager
-def _temporary_beside(target: Path, data: Bytes) -> Generator[Path]:
-    """A durable hidden file with these bytes, gone at the end; what was done to the folder meanwhile is durable too."""
-    _make_folder(target.parent)
-    temporary = target.parent / f"{_HIDDEN}{uuid.uuid4().hex}"
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-        _sync_folder(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _link(temporary: Path, target: Path) -> None:
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        # Over NFS a repeated request finds its own first link; the second name in the count tells (open(2)).
-        if temporary.stat().st_nlink != 2:
-            raise
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        raise OSError(errno.EOPNOTSUPP, "this file system has no hard links") from error
-
-
-def _make_folder(folder: Path) -> None:
-    if folder.is_dir():
-        return
-    _make_folder(folder.parent)
-    try:
-        folder.mkdir(exist_ok=True)
-    except FileExistsError as error:  # which elsewhere means a lost race
-        raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder must be", str(folder)) from error
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

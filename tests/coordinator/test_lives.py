@@ -1,6 +1,7 @@
 """Coordinator lives: what a second one finds, what the first one may no longer do, and what a restart must not lose."""
 
 import math
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,15 @@ def test_files_and_folders_that_no_run_writes_stop_no_coordinator(folder: str, t
     assert list_snapshots(store) == [0, 7]
     if folder != "snapshots/00000002":  # which was pruned with all that was in it
         assert set(FOREIGN) <= {path.removeprefix(f"{folder}/") for path in every_file(tmp_path / "run")}
+
+
+def test_a_coordinator_that_begins_sweeps_what_those_before_it_left(tmp_path: Path) -> None:
+    store = begun(RunStore(str(tmp_path / "run")), JOB)
+    left = tmp_path / "run/log/.tmp-left"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    Life(store, JOB)
+    assert not left.exists()
 
 
 def every_file(folder: Path) -> list[str]:

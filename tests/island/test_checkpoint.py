@@ -1,5 +1,6 @@
 """An island's own checkpoints: the three that can be needed are there, whatever else lies in the folder."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,14 @@ def loaded(checkpoints: IslandCheckpoints, round: int) -> tuple[tuple[int, int |
 def tensor_file(folder: Path, round: int) -> Path:
     (path,) = folder.glob(f"{round:08d}-*.safetensors")
     return path
+
+
+def test_an_island_that_begins_sweeps_what_a_killed_one_left(folder: Path) -> None:
+    folder.mkdir()
+    (folder / ".tmp-left").write_bytes(b"half")
+    os.utime(folder / ".tmp-left", (0, 0))
+    IslandCheckpoints(RunStore(str(folder)), "this-run")
+    assert list(folder.iterdir()) == []
 
 
 def test_what_was_saved_is_loaded_with_its_own_steps(checkpoints: IslandCheckpoints) -> None:

@@ -175,6 +175,21 @@ def test_what_a_killed_writer_left_is_not_seen(tmp_path: Path, monkeypatch: pyte
     assert store.list("log") == ["1.json"]
 
 
+def test_what_a_killed_writer_left_is_swept_once_nobody_can_be_writing_it(tmp_path: Path):
+    store = RunStore(str(tmp_path))
+    store.write("log/1.json", b"whole")
+    hour_ago = time.time() - 3700
+    for name in ("log/.tmp-left", "log/.tmp-new", ".tmp-left", "islands/a/.tmp-left", "islands/a/.keep"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"half")
+        if not name.endswith("new"):
+            os.utime(tmp_path / name, (hour_ago, hour_ago))
+    os.utime(tmp_path / "log/1.json", (hour_ago, hour_ago))
+    store.sweep()
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["islands/a/.keep", "log/.tmp-new", "log/1.json"]
+
+
 def test_a_link_whose_answer_was_lost_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """NFS repeats the request and reports that the name exists."""
     link = os.link
