@@ -17,7 +17,7 @@ from diloco_ray.errors import DeadlineError, RunMismatchError
 from diloco_ray.run import Run, open_run
 from diloco_ray.runtime import outpost
 from diloco_ray.simulation.in_process import begin
-from diloco_ray.transport.letters import Token
+from diloco_ray.transport.letters import NOTICE, Token
 from diloco_ray.transport.tokens import create_token, revoke_tokens
 from tests.mail import SECRET, office_of, office_open
 from tests.processes import write_recipe
@@ -141,3 +141,14 @@ def test_a_run_of_another_recipe_is_refused_with_each_field_and_with_what_an_isl
         "  what to do: this is not the run of your recipe: compare its address, or leave --recipe out and train by the "
         "run's",
     ]
+
+
+def test_a_notice_that_names_another_recipe_than_the_runs_is_refused_field_by_field(tiny: dict[str, Any]) -> None:
+    """Somebody else has written into the run's folder: an island must not train by that."""
+    run = run_of(tiny)
+    foreign = {**run.config.model_dump(mode="json"), "seed": 8}
+    office_of(run.store, begin(run), run.coordinator_job(), [], foreign)
+    with pytest.raises(RunMismatchError, match=r"another recipe:\n    seed: 7 -> 8\n  where") as caught:
+        api.join(run.store.url, token_of(run).text)
+    assert caught.value.where == run.store.url_of(NOTICE)
+    assert "look who else writes to this folder" in caught.value.remedy
