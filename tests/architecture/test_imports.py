@@ -53,4 +53,4 @@ def test_the_wall_clock_is_for_people_for_the_end_of_a_token_and_for_leftovers()
     shown = {"coordinator/report.py", "observe/events.py", "observe/status.py"}  # `updated_at`, `time`
     named = {"runtime/chaos.py"}  # folders
     aged = {"log/disk.py"}  # half-written files
-    assert asking == {*shown, *named, *aged, "transport/tokens.py"}  # never an island's: the coordinator looks at its own
+    assert asking == {*shown, *named, *aged, "transport/tokens.py"}  # never an island's: the coordinator's own
