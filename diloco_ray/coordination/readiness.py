@@ -73,8 +73,8 @@ def _stands_still(state: RunState) -> bool:
     if state.rules.overlap or state.stepping or any(grace_ends_s(state, p) is not None for p in fragments):
         return False
     held, items = {plan.lease_id for plan in state.all_plans}, state.inbox.values()
-    waiting = [item.contribution for item in items if item.norm is not None]
-    return {c.island for c in waiting if c.lease_id in held}.issuperset(_present(state))
+    sent = [item for item in items if item.norm is not None and held & {item.contribution.lease_id, item.again}]
+    return {item.contribution.island for item in sent}.issuperset(_present(state))
 
 
 def quorum_s(state: RunState, taken: list[Accepted]) -> float:

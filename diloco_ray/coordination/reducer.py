@@ -172,6 +172,9 @@ def _submitted(state: RunState, event: Submitted) -> Step:
         state = replace(state, offered=state.offered | {c.island})
     if verdict is None:
         return _awaited(state, c)
+    if verdict.status in ("accepted", "pending") and plan_of(state, c):
+        inbox = {**state.inbox, c.key: replace(state.inbox[c.key], again=c.lease_id)}
+        state = replace(state, inbox=inbox)
     if is_outdated(state, c, verdict):
         state = void(state, c.island, "expired")
     commands: list[Command] = [] if verdict.status == "pending" else [Answer(c, verdict)]

@@ -69,6 +69,7 @@ class Accepted:
     inner_steps: int
     norm: float | None = None
     accepted_s: float = 0.0
+    again: str = ""  # the lease under which its island, in a later life, sent what this counts for
 
 
 Key = tuple[int, int, str]  # fragment, round, island

@@ -94,6 +94,23 @@ def test_islands_at_different_places_of_their_rounds_do_not_wait_for_each_other_
     assert world.log[-1].reason == "all 2 live islands in"
 
 
+def test_an_island_whose_earlier_life_contributed_waits_for_that_step_and_the_others_come_to_it():
+    """What it sends under its own lease is in already: it stands still all the same."""
+    world = by_quorum("a", "b", "c", quorum=3, overlap=0, num_fragments=3, min_islands=1)
+    world.lose("b", "c")
+    world.send("a", 0)
+    world.islands["a"].sent += 1
+    world.join("b", "c")
+    world.send("a", 1)
+    world.lose("a")
+    world.join("a")
+    world.work("b", "c")
+    assert (world.state.index, set(world.state.inbox)) == (1, {(1, 0, "a"), (0, 0, "b"), (0, 0, "c")})
+    world.work("a", "b", "c")
+    steps = [(step.fragment, [share.island for share in step.shares]) for step in world.log[1:3]]
+    assert steps == [(0, ["b", "c"]), (1, ["a", "b", "c"])]
+
+
 def test_who_is_on_its_way_to_a_quorum_is_waited_for_though_the_others_are_at_different_places():
     world = by_quorum("a", "b", "c", quorum=3, overlap=0, num_fragments=2, min_islands=1)
     world.lose("b", "c")
