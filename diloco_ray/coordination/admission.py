@@ -14,10 +14,12 @@ from diloco_ray.coordination.state import Accepted, Rules, RunState, ended
 from diloco_ray.ids import PROTOCOL_VERSION
 
 NORM_HISTORY = 64  # per fragment
+ENOUGH_NORMS = 8  # committed: what is usual is known
+MAX_REASON = 500  # characters: a reason may name what was sent
 
 
 def refuse(reason: str) -> Verdict:
-    return Verdict("rejected", reason)
+    return Verdict("rejected", reason[:MAX_REASON])
 
 
 def judge_header(state: RunState, c: Contribution) -> Verdict | None:
@@ -30,11 +32,13 @@ def judge_header(state: RunState, c: Contribution) -> Verdict | None:
     if not 0 <= c.fragment < rules.num_fragments:
         return refuse(f"schema: fragment {c.fragment} of {rules.num_fragments}")
     round, digest = state.settled.get((c.fragment, c.island), (-1, ""))
-    if c.round == round:
+    if c.round == round >= 0:
         same = digest == c.payload_sha256
         return Verdict("committed") if same else refuse("conflict: another payload with this key is committed")
     if c.round < round:
         return refuse(f"stale: a contribution to round {round + 1} is committed, this one is for round {c.round + 1}")
+    if c.round < 0:
+        return refuse(f"schema: round {c.round + 1}")
     if ended(state):
         return refuse(f"over: the run has {state.phase}")
     if not is_current(state.members, c.island, c.incarnation):
@@ -115,16 +119,17 @@ def lack_of_room(state: RunState, c: Contribution) -> str:
 def judge_norm(state: RunState, held: Accepted, norm: float) -> Verdict:
     """Accepts a payload whose digest and values are right unless its norm is absurd.
 
-    That is, above what is usual, which the running median tells, and above what is possible, which the recipe tells:
-    without it the first contributions would be measured by nothing, and all later ones by those.
+    That is above what is usual, by the running median. While few are committed, it is above what is possible as well,
+    by the recipe: else the first contributions would be measured by nothing, and the next ones by those.
     """
     if not math.isfinite(norm):
         return refuse(f"values: the norm of the outer gradient is {norm}")
     rules, fragment = state.rules, held.contribution.fragment
-    longest = rules.longest[fragment] if rules.longest else 0.0
+    committed = state.norms.get(fragment, ())
+    longest = rules.longest[fragment] if rules.longest and len(committed) < ENOUGH_NORMS else 0.0
     longest *= max(1.0, held.inner_steps / rules.inner_steps_per_round)
     waiting = [item.norm for key, item in state.inbox.items() if key[0] == fragment and item.norm is not None]
-    seen = [*state.norms.get(fragment, ()), *waiting]
+    seen = [*committed, *waiting]
     median = statistics.median(seen) if seen else 0.0
     if norm > max(longest, rules.max_norm_ratio * median) > 0.0:
         usual = f"{rules.max_norm_ratio:g} x the running median {median:.3g}"

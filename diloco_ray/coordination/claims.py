@@ -26,12 +26,13 @@ def take_up(state: RunState, island: str, held: tuple[InnerPlan, ...]) -> Step:
     others = {plan.lease_id for name, plans in state.plans.items() if name != island for plan in plans}
     others |= {item.contribution.lease_id for key, item in state.inbox.items() if key[2] != island}
     replaced = any(plan.lease_id not in leases for plan in state.open_plans(island))
+    num_ahead = 2 * state.rules.max_islands * state.rules.sequences_per_round  # each island has two plans at most
     for plan in held[:MAX_HELD]:
         if plan.lease_id in known:
             continue
         known.add(plan.lease_id)
         fits = not replaced and plan.lease_id not in others and _could_hold(state, island, plan)
-        ledger = state.ledger.adopt(plan.lease_id, island, plan.ranges) if fits else None
+        ledger = state.ledger.adopt(plan.lease_id, island, plan.ranges, num_ahead) if fits else None
         if ledger is None:
             commands.append(Note(f"{island}: work on round {plan.round + 1} is void; it gets a new plan"))
             continue

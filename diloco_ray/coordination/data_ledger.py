@@ -97,17 +97,22 @@ class DataLedger:
     def _hold(self, lease: Lease) -> "DataLedger":
         return replace(self, outstanding={**self.outstanding, lease.id: lease}, leased=self.leased + lease.num_tokens)
 
-    def adopt(self, lease_id: str, island: str, ranges: tuple[DataRange, ...]) -> "DataLedger | None":
+    def adopt(
+        self, lease_id: str, island: str, ranges: tuple[DataRange, ...], num_ahead: int = 0
+    ) -> "DataLedger | None":
         """Takes over a lease that its island was given before; None if any of its sequences is not free.
 
         Nor if it cannot have been given: under an id that is still to come, which the next lease would have as well;
-        on another shard than its island's; further ahead than the next epoch, where what says so is not to move the
-        cursor; in crumbs.
+        on another shard than its island's; further ahead than the next epoch, and than the num_ahead sequences that
+        may have been given out before it, where what says so is not to move the cursor; in crumbs.
         """
         shard, wanted = self.shard_of(island), sorted(ranges)
-        size, (reach, _) = self.shard_sizes[shard], self.cursor(shard)
+        size, (reach, position) = self.shard_sizes[shard], self.cursor(shard)
+        furthest = reach * size + position + num_ahead
         for data_range in wanted:
-            if data_range.shard != shard or data_range.epoch > reach + 1 or not self._is_place(data_range):
+            if data_range.shard != shard or not self._is_place(data_range):
+                return None
+            if data_range.epoch > reach + 1 and data_range.epoch * size + data_range.start > furthest:
                 return None
             reach = max(reach, data_range.epoch + (data_range.stop == size))
         num_sequences = sum(data_range.num_sequences for data_range in wanted)

@@ -73,10 +73,11 @@ def reduce(state: RunState, event: Event) -> Step:
             state, commands = _tick(state, event.now_s)
         case _:
             assert_never(event)
+    state, commands = _told(before, state, _own_word_of(before, event), commands)
     for go_on in (hand_out_work, close_fragments, watch_the_wait):
         state, more = go_on(state, event.now_s)
         commands += more
-    return _told(state, _own_word_of(before, event), commands)
+    return state, commands
 
 
 def _own_word_of(state: RunState, event: Event) -> str:
@@ -93,23 +94,25 @@ def _own_word_of(state: RunState, event: Event) -> str:
             return ""
 
 
-def _told(state: RunState, island: str, commands: list[Command]) -> Step:
+def _told(before: RunState, state: RunState, island: str, commands: list[Command]) -> Step:
     """People are told what an island's words lead to, but not for ever: `MAX_TOLD` times, and once more for each round.
 
-    What a stranger says, who never said hello, is between it and the answer that it gets.
+    Always that they have cost it its place. What a stranger says, who never said hello, is between it and the answer
+    that it gets.
     """
-    num_notes = sum(isinstance(command, Note) for command in commands)
-    if not island or not num_notes:
+    num_notes, member = sum(isinstance(command, Note) for command in commands), state.members.get(island)
+    is_put_out = member is not None and member.standing == "quarantined" and member is not before.members.get(island)
+    if not island or not num_notes or is_put_out:
         return state, commands
-    before = state.told.get(island, 0) if island in state.members else MAX_TOLD
-    after = min(MAX_TOLD, before + num_notes)
-    kept, room = list[Command](), after - before
+    told = state.told.get(island, 0) if member else MAX_TOLD
+    after = min(MAX_TOLD, told + num_notes)
+    kept, room = list[Command](), after - told
     for command in commands:
         is_note = isinstance(command, Note)
         if room or not is_note:
             kept.append(command)
         room -= is_note and room > 0
-    if before == after:
+    if told == after:
         return state, kept
     if after == MAX_TOLD:
         kept.append(Note(f"{island} says much; what comes of it is told again when another round is done"))

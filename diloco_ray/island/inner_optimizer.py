@@ -107,18 +107,14 @@ def longest_move(settings: InnerSettings, num_values: int) -> float:
 
     A step of AdamW moves a value by its learning rate times |m| / sqrt(v), which is at most
     (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)), after Cauchy and Schwarz, and usually no more than 1. Muon's steps are
-    scaled to be no longer. SGD moves by the learning rate times the clipped gradient. The ten times are room for weight
-    decay, for merging and for encoding. 0 where nothing is known: SGD without clipping, b1^2 >= b2.
+    scaled to be no longer. The ten times are room for weight decay, for merging and for encoding. 0 where nothing is
+    known: SGD, whose steps are as long as gradients and parameters are, and b1^2 >= b2.
     """
     first, second = settings.betas
-    if settings.optimizer == "sgd":
-        step = settings.clip_norm or 0.0
-    elif first**2 >= second:
-        step = 0.0
-    else:
-        steepest = (1.0 - first) / math.sqrt((1.0 - second) * (1.0 - first**2 / second))
-        step = max(1.0, steepest) * math.sqrt(num_values)
-    return 10.0 * settings.steps_per_round * settings.learning_rate * step
+    if settings.optimizer == "sgd" or first**2 >= second:
+        return 0.0
+    steepest = (1.0 - first) / math.sqrt((1.0 - second) * (1.0 - first**2 / second))
+    return 10.0 * settings.steps_per_round * settings.learning_rate * max(1.0, steepest) * math.sqrt(num_values)
 
 
 def state_tensors(optimizer: InnerOptimizer) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from diloco_ray.transport.calls import CallingTransport
 from diloco_ray.transport.letters import (
     CALLS,
     MAIL,
+    MAX_HEADER_BYTES,
     NOTICE,
     Letter,
     LetterError,
@@ -39,7 +40,7 @@ from diloco_ray.transport.letters import (
     understood,
     write_letter,
 )
-from diloco_ray.transport.protocol import ANSWER_BYTES, Bytes, LogStep, News, SnapshotState, Tidings, Welcome
+from diloco_ray.transport.protocol import ANSWER_BYTES, Bytes, Hello, LogStep, News, SnapshotState, Tidings, Welcome
 
 T = TypeVar("T")
 QUICKEST_S = 0.02  # between two looks, where the store is a folder
@@ -73,6 +74,23 @@ class RunStoreTransport(CallingTransport):
         self._poll_s, self._new_replica = poll_s, new_replica
         self._numbers, self._numbering = 0, threading.Lock()
         self._is_told = False
+
+    def join(self, hello: Hello) -> Welcome:
+        """After the hello of an earlier process that nobody has read is thrown away: a coordinator that stood still
+        could answer it last, and the name would be with the dead."""
+        if not hello.incarnation:
+            self._patiently("look for letters of an earlier process", self._discard_hellos)
+        return super().join(hello)
+
+    def _discard_hellos(self) -> None:
+        folder = f"{MAIL}/{self._token.island}"
+        for name, size in self._store.sizes(folder).items():
+            path = f"{folder}/{name}"
+            if name.endswith(".request") and not name.startswith(self._process) and size <= MAX_HEADER_BYTES:
+                with suppress(LetterError):
+                    data = self._store.read_if_there(path)
+                    if data and Letter.opened(path, data).body.get("call") == "join":
+                        self._discard(path)
 
     def _offer(self, contribution: Contribution, payload: Bytes) -> Verdict:
         return self._call("submit", contribution, payload=payload)

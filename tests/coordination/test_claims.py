@@ -159,6 +159,18 @@ def test_of_a_hello_no_more_than_so_much_is_looked_at_and_told(closes: str):
 # ---- what people are told ----
 
 
+def test_that_an_island_loses_its_place_is_told_however_much_it_says():
+    world = at_work("a", "b")
+    foreign = replace(world.islands["b"].contribution(0), run_id="another")
+    for _ in range(3 * MAX_TOLD):
+        world.submit(foreign)
+    for _ in range(3):
+        world.fetch_plan("b")
+        world.submit(replace(world.islands["b"].contribution(0), codec="pickle"))
+    assert world.standing("b") == "quarantined"
+    assert any(note.startswith("b quarantined:") for note in world.notes), world.notes
+
+
 def test_what_an_island_may_say_for_ever_is_told_so_often_and_once_more_for_each_round():
     world = at_work("a", "b")
     stale = replace(world.islands["b"].contribution(0), round=-1, base_version=5)

@@ -335,3 +335,19 @@ def test_an_island_with_a_name_of_its_own_has_a_shard_too_and_always_the_same() 
     names = [island_name(0), "eu-1", "eu-2", "us", "island-x", "7"]
     shards = [ledger(10, 10, 10).shard_of(name) for name in names]
     assert shards == [0, 2, 0, 1, 0, 2]
+
+
+def test_where_a_round_takes_several_epochs_leases_come_back_in_any_order():
+    """A shard smaller than what islands have in hand: the last lease to be given may be the first to be claimed."""
+    given, leases = ledger(3), []
+    for number in range(6):
+        given, lease = given.lease(f"island-{number:02d}", 4)
+        leases.append(lease)
+    after = ledger(3, prefix="2")
+    for lease in reversed(leases):
+        adopted = after.adopt(lease.id, lease.island, lease.ranges, num_ahead=24)
+        assert adopted is not None, lease
+        after = adopted
+    assert after.cursor() == given.cursor()
+    assert after.returned == ()
+    assert ledger(3, prefix="2").adopt(leases[-1].id, "island-05", leases[-1].ranges, num_ahead=4) is None

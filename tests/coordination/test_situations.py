@@ -272,7 +272,8 @@ def test_the_death_of_an_older_process_does_not_touch_its_successor():
         ({"base_version": 1}, "stale: based on version 1, fragment 0 is at 0"),
         ({"base_version": -1}, "stale: based on version -1, fragment 0 is at 0"),
         ({"round": 1}, "stale: based on version 0, round 2 begins at 1"),
-        ({"round": -1}, "conflict"),
+        ({"round": -1}, "schema: round 0"),
+        ({"round": -1, "payload_sha256": ""}, "schema: round 0"),
         ({"lease_id": "2.2"}, "lease: 2.2 is not held by a"),
         ({"codec": "float32"}, "schema: 100 bytes of float32 where 100 bytes of int8 belong"),
         ({"payload_bytes": 10**12}, "schema: 1000000000000 bytes"),
@@ -327,6 +328,12 @@ def test_a_run_that_quarantine_leaves_with_too_few_islands_fails_at_once_and_say
     assert "at least 3 of 3: bad is quarantined after 3 bad payloads in a row: values" in world.state.reason
 
 
+def test_a_reason_names_only_the_beginning_of_what_was_sent():
+    world = at_work("a", "b")
+    for long in ({"run_id": "x" * 10**6}, {"codec": "y" * 10**6}):
+        assert len(world.submit(replace(world.islands["a"].contribution(0), **long)).reason) == 500
+
+
 def test_a_norm_far_above_the_median_is_refused():
     world = at_work("a", "b", "c")
     world.send("a", payload="norm 1.0")
@@ -350,6 +357,15 @@ def test_after_a_first_norm_that_is_far_too_small_honest_ones_are_accepted():
     world = at_work("a", "b", "c", longest=(5.0,))
     for island, norm in (("a", 1e-9), ("b", 1.0), ("c", 4.0)):
         assert world.send(island, payload=f"norm {norm}") == Verdict("accepted")
+
+
+def test_once_enough_is_committed_the_median_alone_decides():
+    world = at_work("a", "b", longest=(5000.0,))
+    world.state = replace(world.state, norms={0: (4.0,) * 7})
+    assert world.send("a", payload="norm 401.0") == Verdict("accepted")
+    world = at_work("a", "b", longest=(5000.0,))
+    world.state = replace(world.state, norms={0: (4.0,) * 8})
+    assert world.send("a", payload="norm 401.0").reason == "norm: 401 is more than 100 x the running median 4"
 
 
 def test_a_norm_that_is_usual_is_accepted_though_no_inner_steps_could_make_it():

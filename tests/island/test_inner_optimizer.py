@@ -76,7 +76,7 @@ def test_without_a_ramp_a_joiner_has_everybodys_rate() -> None:
 # ---- how far steps can go ----
 
 
-@pytest.mark.parametrize("fields", [{}, {"betas": (0.9, 0.999)}, {"optimizer": "muon"}, {"optimizer": "sgd"}])
+@pytest.mark.parametrize("fields", [{}, {"betas": (0.9, 0.999)}, {"optimizer": "muon"}])
 @pytest.mark.parametrize("growth", [0.2, 1.0, 5.0])
 def test_no_gradients_move_parameters_further_than_the_longest_move(fields: dict[str, Any], growth: float) -> None:
     """Of one sign, so that every step goes on from the one before, and growing as fast as is worst for AdamW."""
@@ -85,14 +85,13 @@ def test_no_gradients_move_parameters_further_than_the_longest_move(fields: dict
     before = moved["layers.0.weight"].detach().clone()
     optimizer = build_inner_optimizer(inner, moved)
     for step in range(inner.steps_per_round):
-        gradient = torch.full((16, 16), growth**step)
-        moved["layers.0.weight"].grad = gradient / gradient.norm() if inner.optimizer == "sgd" else gradient
+        moved["layers.0.weight"].grad = torch.full((16, 16), growth**step)
         optimizer.step()
     length = (moved["layers.0.weight"].detach() - before).norm().item()
     assert longest_move(inner, 256) / 2000 < length < longest_move(inner, 256) / 9.9
 
 
-@pytest.mark.parametrize("fields", [{"optimizer": "sgd", "clip_norm": None}, {"betas": (0.99, 0.9)}])
+@pytest.mark.parametrize("fields", [{"optimizer": "sgd"}, {"betas": (0.99, 0.9)}])
 def test_where_steps_may_have_any_length_no_longest_move_is_known(fields: dict[str, Any]) -> None:
     assert longest_move(settings(**fields), 256) == 0.0
 

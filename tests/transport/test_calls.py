@@ -15,9 +15,10 @@ from diloco_ray.coordination.messages import Contribution, Verdict
 from diloco_ray.errors import DeadlineError
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.runtime import coordinator_actor
-from diloco_ray.transport.protocol import Beat, Bytes, Order
+from diloco_ray.transport.letters import CALLS, plain, write_letter
+from diloco_ray.transport.protocol import Beat, Bytes, Hello, Order
 from tests.mailroom import Mailroom, VirtualTime
-from tests.small_run import Life, SmallIsland, begun, records, small_job
+from tests.small_run import RUN_ID, Life, SmallIsland, begun, records, small_job
 
 JOB = small_job(num_islands=1)
 Actor: Callable[..., Any] = coordinator_actor.CoordinatorActor.__ray_metadata__.modified_class
@@ -119,3 +120,26 @@ def test_a_beat_whose_letter_is_never_answered_is_written_again_before_the_islan
     assert len(heard) == 2
     assert heard[1] - heard[0] < 20.0
     assert room.store.list("mail/island-00") == []
+
+
+def test_the_hello_of_a_process_that_died_before_it_was_read_is_not_there_to_take_the_name(
+    room: Mailroom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator that stood still would find both, and answer them in the order of their names. What else lies
+    there is left to it."""
+    worker, dead, create, there = room.worker(0), "f" * 32, room.store.create, list[str]()
+    calls = {"00000001": ("join", (Hello("island-00", dead, 1, "there"),)), "00000002": ("measured", ())}
+    for number, (call, arguments) in calls.items():
+        path = f"mail/island-00/{dead}-{number}.request"
+        body = {"call": call, "arguments": plain(CALLS[call][0], arguments), "epoch": room.coordinator.fence_epoch}
+        create(path, write_letter(worker.token, RUN_ID, path, body))
+
+    def look_and_create(path: str, data: bytes) -> None:
+        if path.endswith(".request"):
+            there.extend(room.store.list("mail/island-00"))
+        create(path, data)
+
+    monkeypatch.setattr(room.store, "create", look_and_create)
+    worker.hello()
+    assert there == [f"{dead}-00000002.request"]
+    assert room.coordinator.state.members["island-00"].process != dead
