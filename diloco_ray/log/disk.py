@@ -5,7 +5,6 @@ What is being written has a hidden name until it is whole. A writer that is kill
 
 import errno
 import os
-import time
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -31,10 +30,14 @@ def create(target: Path, data: Bytes) -> None:
 
 def sweep(folder: Path) -> None:
     """Removes hidden files in the folder and below that are older than an hour; what cannot be removed stays."""
-    for root, _, names in os.walk(folder):
-        for path in (Path(root, name) for name in names if name.startswith(HIDDEN)):
+    hidden = [Path(root, name) for root, _, names in os.walk(folder) for name in names if name.startswith(HIDDEN)]
+    if not hidden:
+        return
+    with suppress(OSError), _temporary_beside(folder / "now", b"") as newest:
+        now_s = newest.stat().st_mtime  # by the disk's own clock, which is not always this machine's
+        for path in hidden:
             with suppress(OSError):
-                if time.time() - path.stat().st_mtime > LEFT_S:
+                if now_s - path.stat().st_mtime > LEFT_S:
                     path.unlink()
 
 
