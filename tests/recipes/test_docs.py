@@ -73,6 +73,19 @@ def test_the_readme_has_a_row_for_every_preset() -> None:
     assert re.findall(r"^\| `(\w+)` \|", family, re.MULTILINE) == list(PRESETS)
 
 
+TOKENS = [block for page in PAGES for block in page.read_text().split("\n\n") if "export RAY_AUTH_MODE=token " in block]
+
+
+@pytest.mark.parametrize("commands", TOKENS)
+def test_a_token_is_made_wherever_a_cluster_is_told_to_want_one(commands: str) -> None:
+    """`ray start` makes none, and starts nothing without one."""
+    mode, made, start = (
+        commands.find(word) for word in ("RAY_AUTH_MODE", "ray get-auth-token --generate", "\nray start")
+    )
+    assert mode < made
+    assert start < 0 or made < start
+
+
 PLANS = re.findall(r"^\s*diloco-ray (plan .+?)(?:\s+#.*)?$", "\n".join(p.read_text() for p in PAGES), re.MULTILINE)
 
 

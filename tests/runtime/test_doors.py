@@ -107,17 +107,15 @@ def test_the_python_api_returns_a_result_whose_model_has_the_last_printed_loss(
 
 @contextmanager
 def head_node(number: int = 0) -> Iterator[tuple[dict[str, str], Path]]:
-    """`ray start --head` on ports of its own, with a token of its own, ended by pid; yields the environment that
-    reaches it, and its folder. Its jobs have the variables that are set by now."""
+    """`ray start --head` as the pages say it, in a home that has no token yet, on ports of its own, ended by pid; yields
+    the environment that reaches it, and its folder. Its jobs have the variables that are set by now."""
     port, dashboard, agent = (first + 1000 * number + os.getpid() % 1000 for first in (20000, 26000, 31000))
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": f"a-token-of-this-test-only-{uuid.uuid4().hex}",
-    }
-    environment.pop("RAY_ADDRESS", None)
     folder = Path(tempfile.mkdtemp(prefix="dr-", dir="/tmp"))  # short, because sockets' paths must be
+    home = Path(tempfile.mkdtemp(prefix="dr-home-", dir="/tmp"))
+    known = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
+    environment = {**known, "RAY_AUTH_MODE": "token", "HOME": str(home)}
     ray = str(Path(sys.executable).with_name("ray"))
+    subprocess.run([ray, "get-auth-token", "--generate"], env=environment, capture_output=True, timeout=60, check=True)
     head = subprocess.Popen(
         [
             ray,
@@ -142,6 +140,7 @@ def head_node(number: int = 0) -> Iterator[tuple[dict[str, str], Path]]:
         head.terminate()
         head.wait(timeout=60)
         shutil.rmtree(folder)
+        shutil.rmtree(home)
 
 
 SUBMIT = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", ".", "--", sys.executable]
@@ -157,6 +156,11 @@ def submitted(words: list[str], environment: dict[str, str], log: Path) -> Comma
         if "submitted successfully" in command.output():
             return command
         assert time.monotonic() < until_s, command.output()[-3000:]
+
+
+def token_of(environment: dict[str, str]) -> str:
+    """Of the cluster that this environment reaches."""
+    return (Path(environment["HOME"]) / ".ray" / "auth_token").read_text().strip()
 
 
 def places_of(secret: str, *folders: Path) -> list[str]:
@@ -179,7 +183,7 @@ def test_a_ray_job_trains_and_logs_one_line_per_round_and_its_token_is_nowhere(
         output = submitted(job, environment, tmp_path / "job.log").wait_for_end()
         refused = [run_as_stranger(words, environment, tmp_path) for words in ([*SUBMIT, *job], train)]
         assert any(rays.rglob("*.log"))
-        assert places_of(environment["RAY_AUTH_TOKEN"], rays, tmp_path) == []
+        assert places_of(token_of(environment), rays, tmp_path) == []
     assert "succeeded" in output
     assert len([line for line in output.splitlines() if line.startswith("round ")]) == 3
     assert_refused(*refused)
