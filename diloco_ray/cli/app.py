@@ -1,5 +1,12 @@
 """What the commands share: the application, its arguments, its exit codes."""
 
+import contextlib
+import os
+import signal
+import stat
+import sys
+import threading
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -41,3 +48,30 @@ def read_config(recipe: str, overrides: list[str], name: str | None = None) -> A
 
 def with_name(overrides: list[str], name: str | None) -> list[str]:
     return [*overrides, *([f"name={name}"] if name else [])]
+
+
+@contextlib.contextmanager
+def interruptible(then: str) -> Iterator[None]:
+    """In this block SIGTERM (systemd, Slurm, `docker stop`, `ray job stop`) and a closed terminal mean what ctrl-C does:
+    the command says that it was interrupted and what comes next, and ends with 130. A signal that is ignored, as under
+    nohup, stays so.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number, heard in ((signal.SIGTERM, signal.default_int_handler), (signal.SIGHUP, _hung_up)):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, heard)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted; {then}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _hung_up(*_: object) -> None:
+    """Whatever is said to a terminal that is gone would be an error."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(nowhere, stream)
+    raise KeyboardInterrupt

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from diloco_ray.cli.app import INTERRUPTED, RunFolder, app
+from diloco_ray.cli.app import RunFolder, app, interruptible
 
 TOKEN = "DILOCO_RAY_TOKEN"
 
@@ -59,18 +59,17 @@ def join(
     """
     from diloco_ray import api
 
-    why = api.join(
-        run,
-        os.environ.get(TOKEN, ""),
-        name=name,
-        recipe=recipe,
-        resources=dict(_resource(text) for text in resources),
-        wait_s=wait_s,
-        tell=lambda text: print(text, flush=True),
-    )
-    print(why)
-    if why == "interrupted":
-        raise typer.Exit(INTERRUPTED)
+    with interruptible("the same command joins again"):
+        why = api.join(
+            run,
+            os.environ.get(TOKEN, ""),
+            name=name,
+            recipe=recipe,
+            resources=dict(_resource(text) for text in resources),
+            wait_s=wait_s,
+            tell=lambda text: print(text, flush=True),
+        )
+        print(why)
 
 
 def _resource(text: str) -> tuple[str, float]:

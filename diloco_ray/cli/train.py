@@ -1,12 +1,11 @@
 """Commands that make a run, or say what it would be."""
 
 import json
-import sys
 from typing import Annotated, Any
 
 import typer
 
-from diloco_ray.cli.app import INTERRUPTED, Name, Recipe, Set, app, read_config, with_name
+from diloco_ray.cli.app import Name, Recipe, Set, app, interruptible, read_config, with_name
 from diloco_ray.errors import ConfigError
 
 ISLANDS_HELP = "Where they are: ray (as the recipe says), or external (all are clusters of their own that `join`)."
@@ -24,11 +23,7 @@ def train(
     if dry_run:
         plan(recipe, set_, name)
         return
-    try:
-        train_recipe(with_islands(read_config(recipe, set_, name), islands))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last committed outer step", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+    train_recipe(with_islands(read_config(recipe, set_, name), islands))
 
 
 def with_islands(config: Any, where: str) -> Any:
@@ -48,10 +43,11 @@ def train_recipe(config: Any) -> None:
     from diloco_ray.observe.progress import summary_lines
     from diloco_ray.run import read_run
 
-    trainer = DiLoCoTrainer(config)
-    trainer.open()
-    print(f"run folder: {config.run_url}; meanwhile: diloco-ray status {config.run_url}", flush=True)
-    result = trainer.fit()
+    with interruptible("the same command goes on from the last committed outer step"):
+        trainer = DiLoCoTrainer(config)
+        trainer.open()
+        print(f"run folder: {config.run_url}; meanwhile: diloco-ray status {config.run_url}", flush=True)
+        result = trainer.fit()
     for line in summary_lines(result.metrics):
         print(line)
     samples = [event["sample"] for event in of_kind(read_events(read_run(result.path).store), "evaluation")]

@@ -3,8 +3,10 @@
 import contextlib
 import logging
 import os
+import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -36,6 +38,7 @@ def connected(address: str | None, **local: Any) -> Iterator[None]:
         return
     address = address or os.environ.get("RAY_ADDRESS")
     with tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as scratch:
+        heard = signal.getsignal(signal.SIGTERM)
         remedy = "start one with `ray start --head`, or leave the address out to start a local one"
         try:
             if address and address != "local":
@@ -58,6 +61,8 @@ def connected(address: str | None, **local: Any) -> Iterator[None]:
                 where=address or "local",
                 remedy=remedy,
             ) from error
+        if threading.current_thread() is threading.main_thread():  # Ray's own handler ends in a trace and an abort
+            signal.signal(signal.SIGTERM, signal.default_int_handler if heard in (None, signal.SIG_DFL) else heard)
         try:
             yield
         finally:

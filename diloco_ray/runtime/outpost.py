@@ -6,7 +6,6 @@ Keeps one island's process there, as the driver does for those of its own cluste
 import contextlib
 import os
 import signal
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -49,8 +48,6 @@ def join_on_ray(run: Run, token: Token, tell: Callable[[str], None], wait_s: flo
     An island that dies is started again, and goes on from its own checkpoint with the data that it had. ClusterError
     where it finds no room or dies too often; errors that a restart would meet again as they are.
     """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` means the same as Ctrl-C
     failures = 0
     while True:
         outpost = _Outpost(run, token, wait_s)

@@ -107,8 +107,8 @@ def test_the_python_api_returns_a_result_whose_model_has_the_last_printed_loss(
 
 @contextmanager
 def head_node(number: int = 0) -> Iterator[tuple[dict[str, str], Path]]:
-    """`ray start --head` as the pages say it, in a home that has no token yet, on ports of its own, ended by pid; yields
-    the environment that reaches it, and its folder. Its jobs have the variables that are set by now."""
+    """`ray start --head` as the pages say it, in a home that has no token yet, on ports of its own, ended by pid;
+    yields the environment that reaches it, and its folder. Its jobs have the variables that are set by now."""
     port, dashboard, agent = (first + 1000 * number + os.getpid() % 1000 for first in (20000, 26000, 31000))
     folder = Path(tempfile.mkdtemp(prefix="dr-", dir="/tmp"))  # short, because sockets' paths must be
     home = Path(tempfile.mkdtemp(prefix="dr-home-", dir="/tmp"))
