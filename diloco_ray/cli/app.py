@@ -52,9 +52,9 @@ def with_name(overrides: list[str], name: str | None) -> list[str]:
 
 @contextlib.contextmanager
 def interruptible(then: str) -> Iterator[None]:
-    """In this block SIGTERM (systemd, Slurm, `docker stop`, `ray job stop`) and a closed terminal mean what ctrl-C does:
-    the command says that it was interrupted and what comes next, and ends with 130. A signal that is ignored, as under
-    nohup, stays so.
+    """In this block SIGTERM (systemd, Slurm, `docker stop`, `ray job stop`) and a closed terminal mean what ctrl-C
+    does: the command says that it was interrupted and what comes next, and ends with 130. A signal that is ignored, as
+    under nohup, stays so.
     """
     if threading.current_thread() is threading.main_thread():
         for number, heard in ((signal.SIGTERM, signal.default_int_handler), (signal.SIGHUP, _hung_up)):

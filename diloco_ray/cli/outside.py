@@ -58,6 +58,7 @@ def join(
     The token is read from DILOCO_RAY_TOKEN. Interrupted, the island gives its work back; the same command joins again.
     """
     from diloco_ray import api
+    from diloco_ray.runtime.outpost import INTERRUPTED
 
     with interruptible("the same command joins again"):
         why = api.join(
@@ -69,6 +70,8 @@ def join(
             wait_s=wait_s,
             tell=lambda text: print(text, flush=True),
         )
+        if why == INTERRUPTED:
+            raise KeyboardInterrupt
         print(why)
 
 

@@ -127,15 +127,18 @@ def wait_for_places(
     least: int,
     within_s: float,
     where: str,
-    remedy: str,
+    more: str,
+    less: str,
 ) -> None:
     """Until the least of the islands can be placed; meanwhile Ray's autoscaler is asked for room for all of them. Tells
-    what is missing; ClusterError if it is for too long, and at once where nobody will add nodes.
+    what is missing; ClusterError if it is for too long, and at once where nobody will add nodes. more, less: the two
+    remedies, of which a Ray that was started here has but the second.
     """
     if len(placeable(settings, islands, ranks)) >= least:
         return
     shortage = _describe_shortage(settings, islands, ranks, least)
     if _is_own():
+        remedy = f"{less}, or name a cluster that has more in RAY_ADDRESS"
         raise ClusterError(f"{shortage}, and this Ray, started here, gets no others", where=where, remedy=remedy)
     tell(f"{shortage}; waiting up to {within_s:g} s")
     until_s = time.monotonic() + within_s
@@ -143,7 +146,7 @@ def wait_for_places(
         while len(placeable(settings, islands, ranks)) < least:
             if time.monotonic() > until_s:
                 shortage = _describe_shortage(settings, islands, ranks, least)
-                raise ClusterError(f"{shortage} after {within_s:g} s", where=where, remedy=remedy)
+                raise ClusterError(f"{shortage} after {within_s:g} s", where=where, remedy=f"{more}, or {less}")
             time.sleep(POLL_S)
 
 

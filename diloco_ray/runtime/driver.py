@@ -64,7 +64,8 @@ def train_on_ray(run: Run, watch: Watcher, secret: str = "") -> dict[str, Any]:
         least=run.config.min_islands - cluster.external_islands,
         within_s=cluster.placement_timeout_s,
         where="cluster.island_resources",
-        remedy="add nodes, lower `islands`, or ask for less in cluster.island_resources",
+        more="add nodes",
+        less="lower `islands`, or ask for less in cluster.island_resources",
     )
     driver = _Driver(run, names, watch, secret)
     try:

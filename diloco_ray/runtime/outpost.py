@@ -29,6 +29,8 @@ from diloco_ray.transport.run_store import RunStoreTransport
 TOLD_EVERY_S = 10.0  # a line on how the run stands
 START_S = 60.0  # at least, for a process where there is room
 FAREWELL_S = 30.0  # for an island that has been told to go
+INTERRUPTED = "interrupted"
+UNHEARD = "was not heard: the coordinator gives its work to another one after sync.heartbeat_timeout_s"
 
 
 def check_token(run: Run, token: Token, tell: Callable[[str], None]) -> None:
@@ -58,8 +60,10 @@ def join_on_ray(run: Run, token: Token, tell: Callable[[str], None], wait_s: flo
                 return why
             tell(f"{token.island} left: {why}")
         except KeyboardInterrupt:
-            outpost.send_home()
-            return "interrupted"
+            tell(f"interrupted: {token.island} gives its work back, for up to {FAREWELL_S:g} s")
+            left = "has left: the coordinator has its work" if outpost.send_home() else UNHEARD
+            tell(f"{token.island} {left}")
+            return INTERRUPTED
         except exceptions.RayError as error:
             raise_if_hopeless(error)
             cause = error.cause if isinstance(error, exceptions.RayTaskError) else None
@@ -119,7 +123,8 @@ class _Outpost:
             least=1,
             within_s=self._wait_s,
             where="this cluster",
-            remedy="give this cluster more, or this island less: `--resource`; or wait longer for room: `--wait-s`",
+            more="give this cluster more, or wait longer for room: `--wait-s`",
+            less="give this island less: `--resource`",
         )
         self._place = Place(cluster, island, self._ranks)
         actor, line = self._place.actor, partial(connect, run, self._token, self._process)
@@ -146,11 +151,12 @@ class _Outpost:
         mine = [island for island in status["islands"] if island["process"] == self._process]
         return any(island["state"] == "lost" and island["last_seen_s"] > patience_s for island in mine)
 
-    def send_home(self) -> None:
-        """As a machine's notice would: what is done is sent, work in hand is given back. The actor of one process is
-        busy with its life: it hears a signal, from a task on its node where that is another one than this."""
+    def send_home(self) -> bool:
+        """As a machine's notice would: what is done is sent, work in hand is given back; whether it was in time. The
+        actor of one process is busy with its life: it hears a signal, from a task on its node where that is another one
+        than this."""
         if self._place is None or self._life is None:
-            return
+            return True  # it had no work yet
         until_s = time.monotonic() + FAREWELL_S
         with contextlib.suppress(ProcessLookupError, exceptions.RayError):
             if self._ranks > 1:
@@ -162,6 +168,8 @@ class _Outpost:
                 told = _end_politely.options(scheduling_strategy=there).remote(self._pid)
                 ray.get(told, timeout=FAREWELL_S)
             ray.get(self._life, timeout=max(0.0, until_s - time.monotonic()))
+            return True
+        return False
 
     def close(self) -> None:
         if self._place is not None:

@@ -184,7 +184,9 @@ def test_an_island_of_two_ranks_gives_its_work_back_when_it_is_interrupted_and_c
         first = run.island("eu-1")
         run.wait_for_outer_steps(1)
         first.interrupt()
-        assert "interrupted" in first.wait_for_end(130)
+        output = first.wait_for_end(130)
+        assert "eu-1 has left: the coordinator has its work" in output
+        assert "interrupted; the same command joins again" in output
         again = run.island("eu-1")
         leads = pid_of(coordinator, incarnation=2)
         wait_for(lambda: len(ranks_beside(leads)) == 1, "both ranks are there", again)

@@ -29,9 +29,11 @@ def test_a_ray_that_this_process_has_started_is_not_waited_for(monkeypatch: pyte
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     many = ClusterSettings(island_resources={"CPU": 64})  # type: ignore[call-arg]
     began_s = time.monotonic()
-    with connected(None, num_cpus=1), pytest.raises(ClusterError, match="this Ray, started here, gets no others"):
-        wait_for_places(many, ["island-00"], 1, print, least=1, within_s=300.0, where="here", remedy="more")
+    none = pytest.raises(ClusterError, match="this Ray, started here, gets no others")
+    with connected(None, num_cpus=1), none as caught:
+        wait_for_places(many, ["island-00"], 1, print, least=1, within_s=300.0, where="here", more="more", less="less")
     assert time.monotonic() - began_s < 150.0
+    assert caught.value.remedy == "less, or name a cluster that has more in RAY_ADDRESS", "nothing else can help here"
 
 
 def test_ranks_of_an_island_may_lie_on_several_nodes_with_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +55,7 @@ def test_ranks_of_an_island_may_lie_on_several_nodes_with_its_labels(monkeypatch
     told: list[str] = []
     monkeypatch.setattr(cluster, "_asked_for", lambda *_: contextlib.nullcontext())  # there is no Ray to be asked
     with pytest.raises(ClusterError) as caught:
-        wait_for_places(near, names, 4, told.append, least=2, within_s=0.0, where="here", remedy="more")
+        wait_for_places(near, names, 4, told.append, least=2, within_s=0.0, where="here", more="more", less="less")
     text = "the cluster can place 1 of at least 2 islands of 4 ranks on nodes labelled {'zone': 'a'}"
     text += " (GPU: 8 needed, 13 in the cluster)"
     assert caught.value.what == f"{text} after 0 s"

@@ -117,7 +117,7 @@ def test_islands_that_are_waited_for_are_demand_for_an_autoscaler_and_afterwards
     groups = [[({"CPU": 1.0, "seat": 1.0}, {"site": name})] * 2 for name in names]
 
     def wait() -> None:
-        wait_for_places(settings, names, 2, told.append, least=1, within_s=300, where="here", remedy="more")
+        wait_for_places(settings, names, 2, told.append, least=1, within_s=300, where="here", more="more", less="less")
 
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
@@ -129,7 +129,7 @@ def test_islands_that_are_waited_for_are_demand_for_an_autoscaler_and_afterwards
     assert len(told) == 1
     assert [group["state"] for group in placement_group_table().values()] == ["REMOVED"] * 2
     with pytest.raises(ClusterError, match="after 1 s"):
-        wait_for_places(settings, names, 2, told.append, least=2, within_s=1, where="here", remedy="more")
+        wait_for_places(settings, names, 2, told.append, least=2, within_s=1, where="here", more="more", less="less")
     demand.wait_for([])
 
 
