@@ -21,6 +21,7 @@ TOLD = (
     "join in time",
     "void",
     "overran",
+    "taking it over",
 )
 
 
@@ -49,8 +50,6 @@ def line_of(event: Mapping[str, Any], num_rounds: int) -> str:
             return f"coordinator (life {event['fence_epoch']}) goes on from outer step {event['outer_steps']}"
         case "decision" if any(word in event["text"] for word in TOLD) and "the run is over" not in event["text"]:
             return f"- {event['text']}"
-        case "error":
-            return f"error: {event['what']} ({event['where']})"
         case _:
             return ""
 

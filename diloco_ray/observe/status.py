@@ -14,6 +14,7 @@ STATUS = "status.json"
 STALE_AFTER_S = {True: 8.0, False: 30.0}  # a running run writes its status every half second, to a bucket every ten
 BYTES_PER_GRADIENT_VALUE = 4  # data parallel would exchange float32 gradients, up and down, every inner step
 
+ENDED = ("succeeded", "failed", "interrupted")
 MOST = 1e18  # of any number of a round
 
 
@@ -101,10 +102,26 @@ def read_status(store: StatusFolder) -> dict[str, Any]:
     except ValueError as error:
         where, remedy = store.url_of(STATUS), "a running run writes it anew; `diloco-ray verify` checks the log"
         raise CorruptionError(f"{STATUS} is damaged", where=where, remedy=remedy) from error
-    age_s = (datetime.now(UTC) - datetime.fromisoformat(document["updated_at"])).total_seconds()
-    if document["state"] not in ("succeeded", "failed") and age_s > STALE_AFTER_S[store.is_local]:
+    age_s = _age_s(document)
+    if document["state"] not in ENDED and age_s > STALE_AFTER_S[store.is_local]:
         document["reason"] = f"was {document['state']}; nothing heard for {age_s:.0f} s"
         document["state"] = "interrupted"
         for island in document["islands"]:
             island["state"] = "gone" if island["state"] == "alive" else island["state"]
     return document
+
+
+def other_writer(store: StatusFolder) -> str:
+    """A sentence on the coordinator that wrote this run just now, for whoever is about to write it; "" for none."""
+    if not store.exists(STATUS):
+        return ""
+    status = read_status(store)
+    if status["state"] in ENDED:
+        return ""
+    who = f"another coordinator (life {status['coordinator']['fence_epoch']})"
+    what = "taking it over; if the other's command still runs, it ends with exit code 6"
+    return f"{who} wrote this run {max(0.0, _age_s(status)):.0f} s ago; {what}"
+
+
+def _age_s(document: Mapping[str, Any]) -> float:
+    return (datetime.now(UTC) - datetime.fromisoformat(document["updated_at"])).total_seconds()

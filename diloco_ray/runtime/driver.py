@@ -4,6 +4,7 @@ It decides nothing about training. It brings back islands that died, says so to 
 with a deadline, for the coordinator to say that the run is over.
 """
 
+import contextlib
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from diloco_ray.errors import (
     StoreError,
 )
 from diloco_ray.ids import island_name
+from diloco_ray.observe.status import other_writer
 from diloco_ray.run import Run
 from diloco_ray.runtime.cluster import POLL_S, Place, actor_options, placeable, wait_for_places
 from diloco_ray.runtime.coordinator_actor import MAX_WAITING_CALLS, CoordinatorActor
@@ -55,6 +57,9 @@ def train_on_ray(run: Run, watch: Watcher, secret: str = "") -> dict[str, Any]:
     secret: what the tokens of islands from outside are made of, where the recipe has such islands.
     """
     cluster = run.config.cluster
+    with contextlib.suppress(CorruptionError):  # of the status, which the coordinator writes anew
+        if told := other_writer(run.store):
+            watch({}, [{"event": "decision", "text": told}])
     names = [island_name(number) for number in range(run.config.max_islands - cluster.external_islands)]
     wait_for_places(
         cluster,

@@ -1,6 +1,7 @@
 """Two coordinators of one run, for real: exactly one writes, the other stops and says why, the log stays whole."""
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ def test_the_same_command_again_fences_the_older_one_whether_that_is_alive_or_fr
         os.kill(status["islands"][0]["pid"], signal.SIGSTOP)
         with training(write_recipe(paths[1], recipe), folder) as second:
             status = second.wait_until(lambda s: s["coordinator"]["fence_epoch"] == 2 and epochs(folder)[-1] == 2)
+            assert re.search(
+                r"another coordinator \(life 1\) wrote this run \d+ s ago; taking it over", second.output()
+            )
             os.kill(status["coordinator"]["pid"], signal.SIGSTOP)
             assert_fenced(first, folder, epoch=1)
             pace.let_go()
@@ -46,5 +50,6 @@ def assert_fenced(train: Train, folder: Path, epoch: int) -> None:
     """It stopped with its exit code, and said what, where and what to do."""
     output = train.wait_for_end(FENCED)
     assert f"a newer coordinator (fence epoch {epoch + 1}) writes this run; this one has {epoch}" in output
+    assert output.count("a newer coordinator") == 1
     assert f"where: {folder}" in output
     assert "what to do: let the newer one go on" in output
