@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -68,7 +69,10 @@ class DiLoCoTrainer:
     The same recipe again takes the run up from its last committed outer step.
     """
 
-    def __init__(self, config: RunConfig | Mapping[str, Any]):
+    def __init__(self, config: RunConfig | Mapping[str, Any] | str | Path):
+        """config: a recipe, or the path of one."""
+        if isinstance(config, str | Path):
+            config = RunConfig.from_yaml(config)
         self.config = config if isinstance(config, RunConfig) else RunConfig.from_dict(config)
 
     def fit(self, *, watch: Watcher | None = None, raise_on_error: bool = True) -> Result:

@@ -3,7 +3,7 @@
 Each room owns its settings; here they are composed and checked against each other.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +16,10 @@ from diloco_ray.data.settings import DataSettings
 from diloco_ray.ids import canonical_json, sha256_hex
 from diloco_ray.island.settings import InnerSettings
 from diloco_ray.model.settings import ModelSettings
-from diloco_ray.presets import Resolved, flatten, read_recipe, resolve
+from diloco_ray.presets import Overrides, Resolved, flatten, read_recipe, resolve
 from diloco_ray.settings import Number, Settings, explain, nearest_of
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a run, so of its folder
 
 # What may differ when a run is taken up again; every other field is part of what the run is.
 CHANGEABLE = (
@@ -100,7 +102,7 @@ class ClusterSettings(Settings):
 class RunConfig(Settings):
     """One run, whole. `islands` is a number or [least, most]."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field("run", pattern=NAME)
     seed: int = Field(0, ge=0, le=2**63 - 1)
     islands: tuple[int, int] = Field((4, 4), strict=False)
     rounds: int = Field(20, ge=1)
@@ -245,13 +247,23 @@ class RunConfig(Settings):
     def _preset_in_numbers(cls, body: Any) -> Any:
         return resolve(cast(Mapping[str, Any], body), (), default_of).body if isinstance(body, Mapping) else body
 
+    def __init__(self, **body: Any):
+        """Sections are settings or mappings. ConfigError for what cannot be."""
+        try:
+            super().__init__(**body)
+        except ValidationError as error:
+            raise explain(error, type(self), "RunConfig") from None
+
+    __init__.__pydantic_base_init__ = True  # pyright: ignore  # `model_validate` does not come by here
+
     @classmethod
-    def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> "RunConfig":
-        """Reads a recipe; overrides are `section.field=value` with a YAML value. The name defaults to the file's."""
+    def from_yaml(cls, path: str | Path, overrides: Overrides = ()) -> "RunConfig":
+        """Reads a recipe, named after its file unless it says otherwise. Overrides are `section.field=value` with a
+        YAML value, or a mapping of such paths, or of sections, to values."""
         return cls.from_dict(read_recipe(path), overrides, where=str(path))
 
     @classmethod
-    def from_dict(cls, body: Mapping[str, Any], overrides: Iterable[str] = (), *, where: str = "") -> "RunConfig":
+    def from_dict(cls, body: Mapping[str, Any], overrides: Overrides = (), *, where: str = "") -> "RunConfig":
         """The run that a recipe and its overrides describe, its preset written out in numbers."""
         resolved = layered(body, overrides)
         try:
@@ -265,7 +277,7 @@ class RunConfig(Settings):
         return {k: v for k, v in flat.items() if not any(k == c or k.startswith(f"{c}.") for c in CHANGEABLE)}
 
 
-def layered(recipe: Mapping[str, Any], overrides: Iterable[str] = ()) -> Resolved:
+def layered(recipe: Mapping[str, Any], overrides: Overrides = ()) -> Resolved:
     """The recipe with its preset and overrides in it, not validated, and where each field comes from."""
     return resolve(recipe, overrides, default_of)
 

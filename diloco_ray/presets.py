@@ -67,6 +67,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+Overrides = Iterable[str] | Mapping[str, Any]
+
 _H, _PRESET = "inner.steps_per_round", "sync.preset"
 _MISSING = object()
 
@@ -79,13 +81,13 @@ class Resolved(NamedTuple):
     sources: dict[str, str]
 
 
-def resolve(recipe: Mapping[str, Any], overrides: Iterable[str], default_of: Callable[[str], Any]) -> Resolved:
+def resolve(recipe: Mapping[str, Any], overrides: Overrides, default_of: Callable[[str], Any]) -> Resolved:
     """Lays the layers on each other. default_of: the value of a field that no layer names, by its path.
 
     ConfigError for a preset that is none, and for an override that cannot be read.
     """
     recipe = {key: _plain(value) for key, value in recipe.items()}
-    sets = [_parsed(override) for override in overrides]
+    sets = _sets(overrides)
     for path, value, _ in sets:
         if "." not in path and isinstance(value, dict):
             recipe.pop(path, None)  # --set section={...} takes the place of the recipe's section
@@ -198,6 +200,18 @@ def _preset_in(path: str, value: Any) -> Any:
     if path == section and isinstance(value, dict):
         return cast(dict[str, Any], value).get(field, _MISSING)
     return _MISSING
+
+
+def _sets(overrides: Overrides) -> list[tuple[str, Any, str]]:
+    """The path and the value of each override, and how it reads. A section of a mapping is its fields."""
+    if not isinstance(overrides, Mapping):
+        return [_parsed(override) for override in ([overrides] if isinstance(overrides, str) else overrides)]
+    fields: dict[str, Any] = {}
+    for path, value in cast(Mapping[str, Any], overrides).items():
+        is_section = isinstance(value, dict) and "." not in path
+        within = cast(dict[str, Any], value) if is_section else {}
+        fields |= {f"{path}.{field}": inner for field, inner in within.items()} if is_section else {path: value}
+    return [(path, _plain(value), f"{path}={value}") for path, value in fields.items()]
 
 
 def _parsed(override: str) -> tuple[str, Any, str]:

@@ -76,7 +76,9 @@ def _source(path: tuple[int | str, ...], sources: Mapping[str, str]) -> str:
 def nearest_of(name: str, names: Iterable[str]) -> str:
     """The remedy for a word that is none of these."""
     names = list(names)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4) or [
+        one for one in names if name == "".join(word[:1] for word in one.split("_"))
+    ]
     return f"{f'did you mean {near[0]}? There are' if near else 'choose one of'} {', '.join(names)}"
 
 

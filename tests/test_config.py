@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from diloco_ray.api import DiLoCoTrainer
 from diloco_ray.config import RunConfig, differences
 from diloco_ray.document import outer_of
 from diloco_ray.errors import ConfigError
@@ -47,6 +48,9 @@ def test_a_recipe_survives_the_way_through_run_json(recipe: Path) -> None:
         ("name=a/b", ["name"]),
         ("model.path=x", ["exactly one of config, path, factory"]),
         ("data.validation_fraction=0.7", ["data.validation_fraction"]),
+        ("inner.lr=2", ["unknown key inner.lr", "did you mean learning_rate?"]),
+        ("data.tokenizer=trian:300", ["'trian:300'", "did you mean train:300"]),
+        ("data.tokenizer=bytes:x", ["did you mean bytes, train:4096"]),
         ("learning_rate", ["not field=value", "outer.learning_rate=0.6"]),
         ("seed.x=1", ["seed in override", "section"]),
         ("sync.preset=eagr", ["unknown preset 'eagr'", "did you mean eager?"]),
@@ -264,3 +268,29 @@ def test_what_several_ranks_cannot_do_is_refused_with_its_remedy(overrides: list
 def test_ranks_are_part_of_what_a_run_is() -> None:
     one, two = (RunConfig.from_yaml(JOBS / "quickstart.yaml", [f"inner.ranks={n}"]).identity() for n in (1, 2))
     assert differences(one, two) == ["inner.ranks: 1 -> 2"]
+
+
+def test_overrides_may_be_a_mapping_of_fields_or_sections() -> None:
+    given = {"rounds": 3, "outer": {"learning_rate": 0.5}, "cluster.island_resources": {"GPU": 1}}
+    config = RunConfig.from_yaml(JOBS / "quickstart.yaml", given)
+    said = ["rounds=3", "outer.learning_rate=0.5", "cluster.island_resources={GPU: 1}"]
+    assert config == RunConfig.from_yaml(JOBS / "quickstart.yaml", said)
+    assert config.cluster.island_resources == {"GPU": 1}
+    assert RunConfig.from_yaml(JOBS / "quickstart.yaml", "rounds=3").rounds == 3
+
+
+def test_what_cannot_be_is_refused_in_the_same_words_where_a_recipe_is_made_in_python(tiny: dict[str, Any]) -> None:
+    assert RunConfig(**tiny) == RunConfig.from_dict(tiny)
+    for body in ({**tiny, "outer": {"lr": 3}}, {**tiny, "rounds": 0}):
+        with pytest.raises(ConfigError) as caught:
+            RunConfig(**body)
+        with pytest.raises(ConfigError) as expected:
+            RunConfig.from_dict(body)
+        assert (caught.value.what, caught.value.remedy) == (expected.value.what, expected.value.remedy)
+
+
+def test_a_trainer_takes_the_path_of_a_recipe() -> None:
+    path = JOBS / "quickstart.yaml"
+    assert DiLoCoTrainer(path).config == DiLoCoTrainer(str(path)).config == RunConfig.from_yaml(path)
+    with pytest.raises(ConfigError, match="no recipe at"):
+        DiLoCoTrainer("jobs/none.yaml")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from diloco_ray.data.corpus import Corpus, open_corpus
+from diloco_ray.data.corpus import PIECE_BYTES, Corpus, open_corpus
 from diloco_ray.data.groups import CENTRES, Groups, find_groups, groups_again
 from diloco_ray.data.manifest import (
     MANIFEST,
@@ -256,6 +256,8 @@ def _all_hold_text(done: _Done, settings: DataSettings) -> None:
             what += f" with validation_fraction={settings.validation_fraction:g}"
             change = "larger" if name == "validation" else "smaller"
             remedy = f"give more text, or choose a {change} data.validation_fraction"
+            if sum(counts.values()) < 2:
+                remedy = f"give more text: the parts share no document, and one of up to {PIECE_BYTES} bytes is not cut"
             raise DataError(what, where="data.validation_fraction", remedy=remedy)
     for group in done.splits["train"].groups:
         if not group.num_documents:

@@ -37,6 +37,10 @@ class DataSettings(Settings):
     @field_validator("tokenizer")
     @classmethod
     def _trained_has_room(cls, value: str) -> str:
+        word, colon, size = value.partition(":")
+        if colon and word != "train" and "/" not in value:
+            meant = f"train:{size}" if size.isdecimal() else "bytes, train:4096"
+            raise ValueError(f"no tokenizer has such a name; did you mean {meant}, or ./{value} for a folder?")
         size = value.removeprefix("train:")
         if size != value and not (size.isdecimal() and int(size) >= 257):
             raise ValueError(

@@ -160,8 +160,15 @@ def _at_random(settings: ModelSettings, vocab_size: int, eos_token_id: int) -> n
 
 
 def _from_config(fields: dict[str, Any], vocab_size: int, eos_token_id: int) -> nn.Module:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
+    model_type = fields["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=3)
+        remedy = f"did you mean {' or '.join(near)}?" if near else "name one that it knows, such as llama or gpt2"
+        raise ConfigError(
+            f"transformers knows no model_type {model_type!r}", where="model.config.model_type", remedy=remedy
+        )
     # The families' own defaults are the ids of their own tokenizers.
     own = {"vocab_size": vocab_size, "eos_token_id": eos_token_id, "bos_token_id": eos_token_id, "pad_token_id": None}
     try:
