@@ -1,5 +1,6 @@
 """What a machine and its storage are like before a run: each look says what was found and, if it is bad, the remedy."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -7,7 +8,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,15 +44,25 @@ class Finding:
 
 def examine(storage: str) -> Iterator[Finding]:
     """Finding by finding, as they are made. storage: a folder or an fsspec URL; a probe file is written and deleted."""
-    looks: tuple[Callable[[], Finding], ...] = (
-        _versions,
-        _accelerators,
-        _disk,
-        _token,
-        lambda: _storage(RunStore(storage)),
+    store = RunStore(storage)
+    yield _versions()
+    yield _accelerators()
+    yield _disk(
+        "disk", tempfile.gettempdir(), "free some space, or set TMPDIR: Ray keeps logs and spilled objects there"
     )
-    for look in looks:
-        yield look()
+    yield _token()
+    if not store.is_local:
+        yield _storage(store)
+        return
+    folders = [Path(store.url), *Path(store.url).parents]
+    new = [folder for folder in folders if not folder.exists()]  # innermost first
+    yield _disk("disk of the runs", str(folders[len(new)]), "free some space, or keep the runs elsewhere: storage.path")
+    try:
+        yield _storage(store)
+    finally:
+        with contextlib.suppress(OSError):  # not made after all, or no longer empty
+            for folder in new:
+                folder.rmdir()
 
 
 def _versions() -> Finding:
@@ -66,13 +77,9 @@ def _accelerators() -> Finding:
     return Finding("accelerators", f"{len(names)}: {', '.join(dict.fromkeys(names))}")
 
 
-def _disk() -> Finding:
-    folder = tempfile.gettempdir()
+def _disk(subject: str, folder: str, remedy: str) -> Finding:
     free = shutil.disk_usage(folder).free
-    remedy = (
-        "free some space, or set TMPDIR: Ray keeps logs and spilled objects there" if free < LEAST_FREE_BYTES else ""
-    )
-    return Finding("disk", f"{free / 1e9:.1f} GB free in {folder}", remedy)
+    return Finding(subject, f"{free / 1e9:.1f} GB free in {folder}", remedy if free < LEAST_FREE_BYTES else "")
 
 
 def _token() -> Finding:

@@ -14,10 +14,18 @@ def findings(storage: str) -> dict[str, Finding]:
 
 
 def test_a_good_folder_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
     found = findings(str(tmp_path / "runs"))["storage"]
     assert found.remedy == ""
     assert "creates once" in found.what
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_folders_that_were_not_there_are_gone_again_and_the_disk_they_would_lie_on_is_looked_at(tmp_path: Path) -> None:
+    found = findings(str(tmp_path / "not" / "there" / "runs"))
+    assert found["storage"].remedy == ""
+    assert found["disk of the runs"].what.endswith(f"GB free in {tmp_path}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bucket_is_measured_and_one_that_is_not_there_is_named(s3_bucket: str) -> None:
