@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import stat
 import sys
@@ -11,14 +12,31 @@ from typing import Annotated, Any
 
 import typer
 
-DAMAGED, INTERRUPTED = 5, 130
+from diloco_ray import __version__
+from diloco_ray.errors import ConfigError
+
+DAMAGED, INTERRUPTED, PIPE_CLOSED = 5, 130, 141
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Elastic low-communication training (DiLoCo) on Ray.",
 )
+
+
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"diloco-ray {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _shared(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Elastic low-communication training (DiLoCo) on Ray."""
 
 
 def _no_recipe(run: str) -> str:
@@ -47,7 +65,14 @@ def read_config(recipe: str, overrides: list[str], name: str | None = None) -> A
 
 
 def with_name(overrides: list[str], name: str | None) -> list[str]:
-    return [*overrides, *([f"name={name}"] if name else [])]
+    if name is None:
+        return overrides
+    from diloco_ray.config import NAME
+
+    if not re.fullmatch(NAME, name):
+        remedy = "take letters, digits, '.', '_' and '-', and begin with a letter or a digit; its parent: storage.path"
+        raise ConfigError(f"{name!r} is no name of a run's folder", where="--name", remedy=remedy)
+    return [*overrides, f'name="{name}"']
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Commands on a run's folder: how it stands, whether it is sound, and the model in it."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,11 +10,19 @@ from diloco_ray.cli.app import DAMAGED, At, RunFolder, app
 
 @app.command()
 def status(run: RunFolder, as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False) -> None:
-    """How a run stands, from its folder alone."""
+    """How a run stands, from its folder alone; of a folder of runs, each of them."""
     from diloco_ray.log.run_store import RunStore
-    from diloco_ray.observe.status import read_status
+    from diloco_ray.observe.status import STATUS, read_status
 
-    document = read_status(RunStore(run))
+    store = RunStore(run)
+    if not store.exists(STATUS) and (runs := [name for name in store.list() if store.exists(f"{name}/{STATUS}")]):
+        documents = {name: read_status(RunStore(store.url_of(name))) for name in runs}
+        if as_json:
+            print(json.dumps(documents, indent=2))
+        for name, document in () if as_json else documents.items():
+            print(f"{run.rstrip('/')}/{name}: {_headline(document)}")
+        return
+    document = read_status(store)
     if as_json:
         print(json.dumps(document, indent=2))
         return
@@ -22,11 +30,15 @@ def status(run: RunFolder, as_json: Annotated[bool, typer.Option("--json", help=
 
     from diloco_ray.observe.progress import island_table, summary_lines
 
-    reason = f" ({document['reason']})" if document["reason"] else ""
-    print(f"{document['state']}{reason}, round {document['rounds']}/{document['num_rounds']}")
+    print(_headline(document))
     Console(soft_wrap=True).print(island_table(document))
     for line in summary_lines(document):
         print(line)
+
+
+def _headline(document: dict[str, Any]) -> str:
+    reason = f" ({document['reason']})" if document["reason"] else ""
+    return f"{document['state']}{reason}, round {document['rounds']}/{document['num_rounds']}"
 
 
 @app.command()

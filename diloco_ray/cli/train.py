@@ -33,7 +33,9 @@ def with_islands(config: Any, where: str) -> Any:
     if where == "ray":
         return config
     if where != "external":
-        raise ConfigError(f"--islands {where}", where="--islands", remedy="choose ray or external")
+        number = f"; their number is a field: --set islands={where}" if where.isdecimal() else ""
+        what = f"--islands {where}: it says where they are"
+        raise ConfigError(what, where="--islands", remedy=f"choose ray or external{number}")
     return RunConfig.from_dict(config.model_dump(mode="json"), [f"cluster.external_islands={config.max_islands}"])
 
 
@@ -47,6 +49,11 @@ def train_recipe(config: Any) -> None:
         trainer = DiLoCoTrainer(config)
         trainer.open()
         print(f"run folder: {config.run_url}; meanwhile: diloco-ray status {config.run_url}", flush=True)
+        if config.cluster.external_islands:
+            print(
+                f"each island from outside needs a token: diloco-ray token create {config.run_url} --name NAME",
+                flush=True,
+            )
         result = trainer.fit()
     for line in summary_lines(result.metrics):
         print(line)
@@ -89,13 +96,15 @@ def plan(
 @app.command()
 def prepare(recipe: Recipe, set_: Set = [], to: Annotated[str | None, typer.Option(help="Folder.")] = None) -> None:  # noqa: B006
     """Turn a recipe's corpus into packed token shards. Interrupted, the same command goes on."""
+    from rich.console import Console
     from rich.progress import Progress
 
     from diloco_ray.data.prepare import prepare as prepare_data
 
     config = read_config(recipe, set_)
     where = to or config.prepared_url
-    with Progress(transient=True) as bar:
+    console = Console()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"preparing {config.data.corpus}", total=None)
         manifest = prepare_data(
             config.data, where, progress=lambda done, total: bar.update(task, completed=done, total=total)

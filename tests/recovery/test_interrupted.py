@@ -45,6 +45,7 @@ def test_sigterm_while_islands_are_waited_for_is_one_too(
     train = Command(command, tmp_path / "train.log")
     try:
         wait_for(lambda: "waiting up to" in train.output(), "it waits", train)
+        assert f"diloco-ray token create {run_folder(paced)} --name NAME" in train.output()
         train.interrupt(signal.SIGTERM)
         assert SAID in train.wait_for_end(INTERRUPTED)
     finally:
