@@ -61,12 +61,15 @@ def connected(address: str | None, **local: Any) -> Iterator[None]:
                 where=address or "local",
                 remedy=remedy,
             ) from error
-        if threading.current_thread() is threading.main_thread():  # Ray's own handler ends in a trace and an abort
+        is_main = threading.current_thread() is threading.main_thread()  # only there can handlers be set
+        if is_main:  # Ray's own ends in a trace and an abort
             signal.signal(signal.SIGTERM, signal.default_int_handler if heard in (None, signal.SIG_DFL) else heard)
         try:
             yield
         finally:
             ray.shutdown()
+            if is_main:
+                signal.signal(signal.SIGTERM, heard or signal.SIG_DFL)
 
 
 def _check_that_it_listens(address: str) -> None:

@@ -65,7 +65,7 @@ def test_a_closed_terminal_ends_a_run_as_ctrl_c_does(paced: dict[str, Any], tmp_
         while b"round 1/100 |" not in seen:
             seen += os.read(ours, 4096)
         os.close(ours)
-        train.send_signal(signal.SIGHUP)
+        os.killpg(train.pid, signal.SIGHUP)  # its Ray hears of it too
         assert train.wait(DEADLINE_S) == INTERRUPTED
     finally:
         train.kill()
