@@ -24,7 +24,7 @@ from diloco_ray.transport.protocol import Doors
 from diloco_ray.transport.run_store import RunStoreTransport
 from diloco_ray.transport.tokens import KeyRing, create_token
 from tests.mail import SECRET
-from tests.small_run import RUN_ID, SmallIsland, begun, coordinator_of, new_replica, records, small_job
+from tests.small_run import RUN_ID, SmallIsland, begun, coordinator_of, document_of, new_replica, records, small_job
 
 POLL_S = 1.0
 
@@ -64,7 +64,7 @@ class Mailroom:
     def __init__(self, url: str, time: VirtualTime, job: CoordinatorJob | None = None):
         self.time, self.job = time, job or small_job(num_islands=2)
         self.store = begun(RunStore(url), self.job)
-        self.store.write("run.json", seal({"run_id": self.job.rules.run_id}))
+        self.store.write("run.json", seal(document_of(self.job)))
         self.tap: Tap = unheard
         self.notes: list[str] = []
         self.wall_s = 1e9

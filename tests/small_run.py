@@ -72,6 +72,14 @@ def small_job(num_islands: int = 2, num_fragments: int = 1, **rules: Any) -> Coo
     )
 
 
+def document_of(job: CoordinatorJob) -> dict[str, Any]:
+    """What run.json says of it."""
+    inner = {"steps_per_round": job.rules.inner_steps_per_round, "batch_size": job.rules.sequences_per_inner_step}
+    config = {"data": {"sequence_length": job.sequence_length}, "inner": inner, "sync": {"closes": job.rules.closes}}
+    layout, sizes = job.layout.to_dict(), list(job.shard_sizes)
+    return {"run_id": job.rules.run_id, "config": config, "layout": layout, "shard_sizes": sizes}
+
+
 def new_replica(job: CoordinatorJob) -> Replica:
     return Replica(job.layout, job.outer.build(), get_codec(job.downlink))
 

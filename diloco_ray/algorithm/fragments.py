@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diloco_ray.errors import ConfigError, RunMismatchError
+from diloco_ray.errors import ConfigError, CorruptionError, RunMismatchError
 from diloco_ray.ids import canonical_json, sha256_hex
 
+_MAX_VALUES = 2**60  # no machine holds so many, and torch cannot count their bytes
 _LAYER = re.compile(r"(?:[^.]*\.)*?\d+(?=\.|$)")  # the shortest beginning of a name that ends in a number
 
 
@@ -95,8 +96,20 @@ class Layout:
 
     @staticmethod
     def from_dict(body: Mapping[str, Any]) -> "Layout":
-        """The inverse of to_dict, also after a way through JSON."""
-        return Layout(tuple(_fragment_from(fragment) for fragment in body["fragments"]))
+        """The inverse of to_dict, also after a way through JSON. CorruptionError for what to_dict never gives."""
+        try:
+            layout = Layout(tuple(_fragment_from(fragment) for fragment in body["fragments"]))
+            in_order = [f.index for f in layout.fragments] == [*range(len(layout.fragments))]
+            if in_order and 0 < layout.num_values < _MAX_VALUES:
+                return layout
+            problem: object = f"{layout.num_values} values in fragments {[f.index for f in layout.fragments]}"
+        except (KeyError, TypeError, ValueError) as error:
+            problem = repr(error)
+        raise CorruptionError(
+            f"no layout of a model: {problem}",
+            where="the layout's fragments",
+            remedy="restore the file that it was read from, run.json or a snapshot, from a copy of the run store",
+        )
 
     def digest(self) -> str:
         """sha256 hex of the canonical JSON of to_dict()."""
@@ -104,8 +117,12 @@ class Layout:
 
 
 def _fragment_from(body: Mapping[str, Any]) -> Fragment:
-    slots = (TensorSlot(s["name"], tuple(s["shape"]), s["offset"], s["num_values"]) for s in body["slots"])
-    return Fragment(body["index"], tuple(slots))
+    slots = tuple(TensorSlot(s["name"], tuple(s["shape"]), s["offset"], s["num_values"]) for s in body["slots"])
+    offsets = accumulate((slot.num_values for slot in slots), initial=0)
+    for slot, offset in zip(slots, offsets):
+        if (slot.offset, slot.num_values) != (offset, math.prod(slot.shape)) or min(slot.shape, default=0) < 0:
+            raise ValueError(f"{slot} does not lie at {offset} of its fragment with the values of its shape")
+    return Fragment(body["index"], slots)
 
 
 def partition(

@@ -18,6 +18,7 @@ from diloco_ray.algorithm.codecs import CHUNK_VALUES, Codec
 from diloco_ray.algorithm.combine import ChunkWriter, Combine, Contributions, mean
 from diloco_ray.algorithm.fragments import Layout
 from diloco_ray.algorithm.outer_optimizer import OuterOptimizer
+from diloco_ray.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,25 @@ class Replica:
     """Parameters and outer optimizer state of every fragment: 8 bytes a value with one buffer. Not thread safe."""
 
     def __init__(self, layout: Layout, optimizer: OuterOptimizer, downlink: Codec):
-        """All zeros at version 0; `downlink` is the codec of the records that `apply` replays."""
+        """All zeros at version 0; `downlink` is the codec of the records that `apply` replays.
+
+        ConfigError when this machine does not have the memory.
+        """
         self.layout = layout
         self.optimizer = optimizer
         self.downlink = downlink
         self.versions = [0 for _ in layout.fragments]
         sizes = [fragment.num_values for fragment in layout.fragments]
-        self._parameters = [torch.zeros(size) for size in sizes]
-        self._buffers = [tuple(torch.zeros(size) for _ in optimizer.buffer_names) for size in sizes]
+        try:
+            self._parameters = [torch.zeros(size) for size in sizes]
+            self._buffers = [tuple(torch.zeros(size) for _ in optimizer.buffer_names) for size in sizes]
+        except RuntimeError as error:  # torch's own for memory that it is not given
+            num_bytes = 4 * sum(sizes) * (1 + len(optimizer.buffer_names))
+            raise ConfigError(
+                f"a replica of {sum(sizes):,} values takes {num_bytes / 1e9:,.1f} GB, which this machine does not have",
+                where="the run's layout",
+                remedy="take a machine with more memory; if the model is not so large, run.json is damaged",
+            ) from error
 
     def parameters(self, fragment: int) -> Tensor:
         """The fragment's parameters, (num_values,) float32: the replica's own memory, to be read only."""

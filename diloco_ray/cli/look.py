@@ -7,6 +7,8 @@ import typer
 
 from diloco_ray.cli.app import DAMAGED, At, RunFolder, app
 
+MOST_PROBLEMS = 50  # that `verify` prints
+
 
 @app.command()
 def status(run: RunFolder, as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False) -> None:
@@ -64,8 +66,10 @@ def verify(run: RunFolder, as_json: Annotated[bool, typer.Option("--json")] = Fa
         print(f"{report.num_snapshots} snapshots equal the replay")
         print("tokens conserved: " + ", ".join(f"{fate} {tokens:,}" for fate, tokens in report.tokens.items()))
     else:
-        for problem in report.problems:
+        for problem in report.problems[:MOST_PROBLEMS]:
             print(f"problem: {problem}")
+        if (more := len(report.problems) - MOST_PROBLEMS) > 0:
+            print(f"and {more:,} more; --json lists them all")
     if not report.ok:
         raise typer.Exit(DAMAGED)
 

@@ -19,6 +19,7 @@ from diloco_ray.errors import CorruptionError
 from diloco_ray.ids import canonical_json, sha256_hex
 
 T = TypeVar("T")
+_MAX_DIGITS = 40  # of a whole number in a sealed file; Python itself neither reads nor writes more than 4,300
 
 STRICT = ConfigDict(extra="forbid", strict=True)  # what is stored is exactly the fields, with exactly their types
 
@@ -33,7 +34,7 @@ def seal(body: dict[str, Any]) -> bytes:
 def unseal(data: bytes, where: str) -> dict[str, Any]:
     """The body. CorruptionError, naming `where`, unless sealing it gives exactly these bytes again."""
     try:
-        parsed: Any = json.loads(data)
+        parsed: Any = json.loads(data, parse_int=_whole_number)
         body = cast(dict[str, Any], parsed) if isinstance(parsed, dict) else {}
         if body.pop("sha256", None) is not None and seal(body) == data:
             return body
@@ -41,6 +42,12 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         problem = f"not a sealed file: {error}"
     raise CorruptionError(problem, where=where, remedy="restore the file from a copy of the run store")
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def unseal_as(kind: TypeAdapter[T], data: bytes, where: str) -> T:

@@ -21,6 +21,7 @@ from diloco_ray.log.run_store import Bytes, RunStore
 RECORDS, FENCES = "log", "fences"
 _NUM_RECORDS_AHEAD = 32  # a record is a few KB and a bucket answers in tens of milliseconds
 _NUM_PAYLOADS_AHEAD = 3
+MAX_DIGITS = 18  # of a number in a file's name: 8, and more only where somebody else has put a file there
 
 
 class RunLog:
@@ -37,8 +38,8 @@ class RunLog:
         """Reads and checks the whole chain. CorruptionError names the first file that is missing or does not fit."""
         log = RunLog(store)
         num_records = max(numbered(store, RECORDS), default=-1) + 1
-        paths = [record_path(index) for index in range(num_records)]
-        for path, data in zip(paths, read_ahead(store, paths, _NUM_RECORDS_AHEAD)):
+        coming = read_ahead(store, map(record_path, range(num_records)), _NUM_RECORDS_AHEAD)
+        for path, data in zip(map(record_path, range(num_records)), coming):
             if isinstance(data, StoreError):
                 raise data
             record = Record.from_bytes(data, store.url_of(path))
@@ -161,9 +162,9 @@ class Chain:
         self._last, self.digest = record, digest
         self._versions[record.fragment] = record.version
 
-    def skip(self) -> None:
-        """Goes past a damaged record, of which nothing is known."""
-        self.num_records += 1
+    def skip(self, index: int) -> None:
+        """On to this index, past records that are damaged or missing, of which nothing is known."""
+        self.num_records = index
         self.digest, self._versions, self._whole = None, {}, False
 
 
@@ -186,11 +187,20 @@ def check_fence(store: RunStore, epoch: int) -> None:
 
 
 def take_fence(store: RunStore, run_id: str, holder: str, above: int = 0) -> int:
-    """A fence epoch above all before it, for one coordinator life. holder: who it is, for people."""
+    """A fence epoch above all before it, for one coordinator life. holder: who it is, for people.
+
+    CorruptionError where a file that no coordinator wrote leaves no number above it.
+    """
     epoch = above
     while True:
         # A name already taken is passed over even by a store whose listing lags.
         epoch = max([epoch, *numbered(store, FENCES)]) + 1
+        if len(str(epoch)) > MAX_DIGITS:
+            raise CorruptionError(
+                "no run has had so many coordinators, and there is no number above it",
+                where=store.url_of(fence_path(epoch - 1)),
+                remedy="delete this file: no coordinator has written it",
+            )
         try:
             store.create(fence_path(epoch), seal({"epoch": epoch, "run_id": run_id, "holder": holder}))
         except FileExistsError:
@@ -208,7 +218,8 @@ def fence_path(epoch: int) -> str:
 
 def numbered(store: RunStore, folder: str) -> list[int]:
     """The numbers of the sealed files in a folder, ascending; other files are ignored."""
-    return [int(name[:8]) for name in store.list(folder) if re.fullmatch(r"\d{8}\.json", name)]
+    found = [re.fullmatch(rf"([0-9]{{8}}|[1-9][0-9]{{8,{MAX_DIGITS - 1}}})\.json", name) for name in store.list(folder)]
+    return sorted(int(match[1]) for match in found if match)
 
 
 def check_sha256(data: bytes, sha256: str, where: str) -> None:

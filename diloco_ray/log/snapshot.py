@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import TypeAdapter
@@ -28,6 +28,7 @@ from diloco_ray.log.run_log import RunLog, check_sha256, record_path
 from diloco_ray.log.run_store import RunStore
 
 SNAPSHOTS = "snapshots"
+DELETE = "delete this snapshot; if it is the first, restore its files from a copy of the run store"
 LISTINGS = 8  # by one reader; after so many it takes what is left, at worst the first, which is never pruned
 
 
@@ -85,7 +86,12 @@ def read_manifest(store: RunStore, index: int) -> Manifest:
     where = store.url_of(manifest_path(index))
     manifest = unseal_as(_MANIFEST, store.read(manifest_path(index)), where)
     if manifest.index != index:
-        raise CorruptionError(f"it is of snapshot {manifest.index}", where=where, remedy="delete this snapshot")
+        raise CorruptionError(f"it is of snapshot {manifest.index}", where=where, remedy=DELETE)
+    fragments = manifest.layout.get("fragments")
+    numbers = {len(manifest.versions), len(manifest.digests), len(manifest.files)}
+    if not isinstance(fragments, list) or numbers != {len(cast(list[Any], fragments))}:
+        found = f"{len(manifest.versions)} versions, {len(manifest.digests)} digests and {len(manifest.files)} files"
+        raise CorruptionError(f"it has {found}, not one for each fragment of its layout", where=where, remedy=DELETE)
     return manifest
 
 
@@ -114,9 +120,12 @@ def load_snapshot(store: RunStore, index: int, replica: Replica) -> str:
         if set(tensors) != set(names):
             found, wanted = ", ".join(sorted(tensors)), ", ".join(sorted(names))
             raise RunMismatchError(f"fragment {fragment.index} has {found}; the optimizer needs {wanted}", where=where)
-        replica.load_(fragment.index, version, tensors["parameters"], [tensors[name] for name in names[1:]])
+        file = store.url_of(f"{_folder(index)}/{fragment_file(fragment.index)}")
+        try:
+            replica.load_(fragment.index, version, tensors["parameters"], [tensors[name] for name in names[1:]])
+        except ValueError as error:
+            raise CorruptionError(str(error), where=file, remedy=DELETE) from error
         if replica.digest(fragment.index) != digest:
-            file = store.url_of(f"{_folder(index)}/{fragment_file(fragment.index)}")
             raise CorruptionError("the tensors do not have the digest of the manifest", where=file)
     return manifest.record
 

@@ -1,26 +1,25 @@
 """Verify: the proof, from the stored files alone, that a run is what its log says.
 
 Every seal, digest and link of the chain is checked, every outer step is replayed bit for bit, every snapshot is
-compared with the replay at its index, and every token has one fate. Damage becomes a problem that names its file; after
-a damaged record or payload, replay goes on from the next sound snapshot. What a recipe is, only the caller knows.
+compared with the replay at its index, and every number that no replay touches is held against the account. Damage
+becomes a problem that names its file; after a damaged record or payload, replay goes on from the next sound snapshot.
+What a recipe is, only the caller knows.
 """
 
-from bisect import bisect_left, insort
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.errors import CorruptionError, DiLoCoError, StoreError
 from diloco_ray.ids import sha256_hex
-from diloco_ray.log.record import Record, Share, model_digest, unseal
+from diloco_ray.log.account import Account, Terms
+from diloco_ray.log.record import Record, model_digest, unseal
 from diloco_ray.log.run_log import FENCES, RECORDS, Chain, check_sha256, fence_path, numbered, read_ahead, record_path
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import list_snapshots, load_snapshot, manifest_path, read_fragment, read_manifest, replay
 
 RUN_FILE = "run.json"
-_FATES = ("committed", "rejected", "expired", "rewound", "outstanding")
 _NUM_RECORDS_AHEAD, _NUM_PAYLOADS_AHEAD = 32, 3
 
 
@@ -28,7 +27,8 @@ _NUM_RECORDS_AHEAD, _NUM_PAYLOADS_AHEAD = 32, 3
 class VerifyReport:
     """Records first_replayed .. last_index were replayed (0 when none was); digest: the parameters they end in.
 
-    digest is "" unless the replay reached the last record; tokens are that record's. num_snapshots counts the complete.
+    digest is "" unless the replay reached the last record; tokens are that record's. num_records counts those that are
+    there, num_snapshots the complete.
     """
 
     run_id: str
@@ -58,18 +58,18 @@ def verify(
     problems: list[str] = []
     run = _read_run(store, problems)
     # In this order a run that goes on meanwhile is whole: every snapshot has its record, every record its fence.
-    snapshots, num_records = list_snapshots(store), max(numbered(store, RECORDS), default=-1) + 1
-    records = _read_records(store, run, num_records, _check_fences(store, run, problems), problems)
+    snapshots, indices = list_snapshots(store), numbered(store, RECORDS)
+    records = _read_records(store, run, indices, _check_fences(store, run, problems), problems)
     walk = _Replay(store, _replicas(store, run, replica_factory, problems), problems)
     walk.check_all(records, snapshots, on_progress)
-    sound = [record for record in records if record is not None]
+    sound = [record for record in records.values() if record is not None]
     return VerifyReport(
         run_id=str(run["run_id"]) if run else sound[0].run_id if sound else "",
         num_records=len(records),
         num_outer_steps=sum(record.kind == "outer_step" for record in sound),
         num_snapshots=len(snapshots),
         first_replayed=walk.first_replayed,
-        last_index=len(records) - 1,
+        last_index=max(records, default=-1),
         digest=walk.final_digest(),
         tokens=sound[-1].tokens if sound else {},
         problems=tuple(problems),
@@ -90,8 +90,9 @@ def _read_run(store: RunStore, problems: list[str]) -> dict[str, Any] | None:
 
 def _check_fences(store: RunStore, run: dict[str, Any] | None, problems: list[str]) -> int:
     """The number of fence epochs: 1 .. n without a gap, or a later coordinator would take a lower one."""
-    highest = max(numbered(store, FENCES), default=0)
-    for epoch in range(1, highest + 1):
+    epochs = numbered(store, FENCES)
+    problems.extend(_missing(store, fence_path, epochs, 1))
+    for epoch in epochs:
         path = fence_path(epoch)
         try:
             body = unseal(store.read(path), store.url_of(path))
@@ -100,86 +101,64 @@ def _check_fences(store: RunStore, run: dict[str, Any] | None, problems: list[st
             continue
         if body.get("epoch") != epoch or (run is not None and body.get("run_id") != run["run_id"]):
             problems.append(f"{store.url_of(path)}: it is of epoch {body.get('epoch')} of run {body.get('run_id')}")
-    return highest
+    return max(epochs, default=0)
+
+
+def _missing(store: RunStore, path_of: Callable[[int], str], numbers: Sequence[int], first: int) -> Iterator[str]:
+    """One problem for each gap among these, ascending, however wide: a name that is far off costs nothing."""
+    for number in numbers:
+        if number > first:
+            more = f", nor is any of the next {number - first - 1}" if number - first > 1 else ""
+            yield f"{store.url_of(path_of(first))}: it is not there{more}, though {path_of(number)} is"
+        first = number + 1
 
 
 def _read_records(
-    store: RunStore, run: dict[str, Any] | None, num_records: int, epochs: int, problems: list[str]
-) -> list[Record | None]:
-    """The records by index, None where one is damaged or missing; what they say is checked on the way."""
-    if not num_records:
+    store: RunStore, run: dict[str, Any] | None, indices: Sequence[int], epochs: int, problems: list[str]
+) -> dict[int, Record | None]:
+    """Those that are there, None where one is damaged; what they say is checked on the way."""
+    if not indices:
         problems.append(f"{store.url_of(RECORDS)}: there is no record")
-    paths = [record_path(index) for index in range(num_records)]
-    chain, tokens = Chain(), _Tokens()
-    records: list[Record | None] = []
-    for path, data in zip(paths, read_ahead(store, paths, _NUM_RECORDS_AHEAD)):
+    problems.extend(_missing(store, record_path, indices, 0))
+    paths = [record_path(index) for index in indices]
+    chain, account = Chain(), Account(_terms(store, run, problems))
+    records: dict[int, Record | None] = {}
+    for index, path, data in zip(indices, paths, read_ahead(store, paths, _NUM_RECORDS_AHEAD)):
         where = store.url_of(path)
+        if index > chain.num_records:
+            chain.skip(index)
+            account.complete = False
         try:
             if isinstance(data, StoreError):
                 raise data
             record = Record.from_bytes(data, where)
-            if record.index != len(records):
+            if record.index != index:
                 raise CorruptionError(f"it is record {record.index}", where=where)
         except DiLoCoError as error:
             problems.append(_line(error))
-            records.append(None)
-            chain.skip()
-            tokens.complete = False
+            records[index] = None
+            chain.skip(index + 1)
+            account.complete = False
             continue
-        found = [chain.problem(record), *tokens.problems(record)]
+        found = [chain.problem(record), *account.problems(record)]
         if run is not None and record.run_id != run["run_id"]:
             found.append(f"run_id is {record.run_id!r}, that of {RUN_FILE} is {run['run_id']!r}")
         if record.fence_epoch > epochs:
             found.append(f"fence epoch {record.fence_epoch} has no file in {FENCES}")
         problems.extend(f"{where}: {problem}" for problem in found if problem)
-        records.append(record)
+        records[index] = record
         chain.advance(record, sha256_hex(data))
     return records
 
 
-@dataclass
-class _Tokens:
-    """Where tokens and data ranges went, record by record (invariants I2, I8 and I9)."""
-
-    complete: bool = True  # no record was skipped
-    committed: int = 0
-    spent: defaultdict[tuple[int, int], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
-    keys: dict[tuple[int, int, str], int] = field(default_factory=dict[tuple[int, int, str], int])
-
-    def problems(self, record: Record) -> Iterator[str]:
-        tokens = record.tokens
-        if set(tokens) != {"leased", *_FATES}:
-            yield f"tokens has {', '.join(sorted(tokens))}"
-        elif tokens["leased"] != sum(tokens[fate] for fate in _FATES):
-            parts = " + ".join(f"{tokens[fate]} {fate}" for fate in _FATES)
-            yield f"{tokens['leased']} tokens leased are not {parts}"
-        if [share.island for share in record.shares] != sorted(share.island for share in record.shares):
-            yield "the shares are not in island order"
-        for share in record.shares:
-            yield from self._of_share(record, share)
-        if self.complete and tokens.get("committed") != self.committed:
-            yield f"{tokens.get('committed')} tokens committed, but the shares so far add up to {self.committed}"
-
-    def _of_share(self, record: Record, share: Share) -> Iterator[str]:
-        self.committed += share.tokens
-        key = (record.fragment, share.round, share.island)
-        if (earlier := self.keys.setdefault(key, record.index)) != record.index or share.base_version >= record.version:
-            yield (
-                f"{share.island} in its round {share.round + 1} on version {share.base_version} of fragment "
-                f"{record.fragment}: committed before in record {earlier}, or from a base that was still to come"
-            )
-        for piece in share.spent:
-            taken = self.spent[piece.shard, piece.epoch]
-            place = bisect_left(taken, (piece.start, piece.stop, -1))
-            for start, stop, index in taken[max(0, place - 1) : place + 1]:
-                if start < piece.stop and piece.start < stop:
-                    yield (
-                        f"sequences {piece.start}..{piece.stop} of epoch {piece.epoch} of shard {piece.shard} "
-                        f"({share.island}) overlap {start}..{stop} of record {index}"
-                    )
-            if not 0 <= piece.start < piece.stop:
-                yield f"{share.island} spent sequences {piece.start}..{piece.stop}"
-            insort(taken, (piece.start, piece.stop, record.index))
+def _terms(store: RunStore, run: dict[str, Any] | None, problems: list[str]) -> Terms | None:
+    if run is None:
+        return None
+    try:
+        return Terms.of(run, store.url_of(RUN_FILE))
+    except CorruptionError as error:
+        problems.append(_line(error))
+        return None
 
 
 def _replicas(
@@ -207,28 +186,33 @@ class _Replay:
         self.first_replayed = 0
 
     def check_all(
-        self, records: list[Record | None], snapshots: list[int], on_progress: Callable[[int, int], None] | None
+        self,
+        records: dict[int, Record | None],
+        snapshots: list[int],
+        on_progress: Callable[[int, int], None] | None,
     ) -> None:
         """Every payload and snapshot in log order."""
         if 0 not in snapshots:
             self.problems.append(f"{self.store.url_of(manifest_path(0))}: the first snapshot is missing")
-        num_pruned = self._num_pruned(records, snapshots)
-        steps = [record for record in records if record and record.payload and record.index > num_pruned]
+        steps = [record for record in records.values() if record and record.payload]
         payloads = read_ahead(self.store, [record.payload for record in steps], _NUM_PAYLOADS_AHEAD)
-        for index, record in enumerate(records):
-            payload = next(payloads) if record and record.payload and index > num_pruned else None
-            self._step(record, payload)
+        last = max(records, default=-1)
+        indices = sorted({*records, *(index for index in snapshots if index < last)})
+        for place, index in enumerate(indices):
+            record = records.get(index)
+            self.stands = self.stands and indices[place - 1] == index - 1
+            self._step(record, next(payloads) if record and record.payload else None)
             if index in snapshots and self.store.exists(manifest_path(index)):  # else pruned meanwhile
                 self._compare(index, record)
             if on_progress is not None:
-                on_progress(index + 1, len(records))
+                on_progress(place + 1, len(indices))
         for index in snapshots:
-            if index >= len(records):
+            if index > last:
                 self.problems.append(f"{self.store.url_of(manifest_path(index))}: the log ends before it")
         if self.stands and self.replicas is not None:  # a value that is not finite once is never finite again
             state = [self.replicas[0].parameters(p) for p in range(len(self.replicas[0].versions))]
             if not all(bool(parameters.isfinite().all()) for parameters in state):
-                where = self.store.url_of(record_path(len(records) - 1))
+                where = self.store.url_of(record_path(last))
                 self.problems.append(f"{where}: the parameters after it are not finite")
 
     def final_digest(self) -> str:
@@ -236,16 +220,6 @@ class _Replay:
             return ""
         replica = self.replicas[0]
         return model_digest([replica.digest(fragment.index) for fragment in replica.layout.fragments]).parameters
-
-    def _num_pruned(self, records: list[Record | None], snapshots: list[int]) -> int:
-        """Payloads are pruned up to a snapshot; a missing one that is not followed by its snapshot was lost."""
-        present = {f"payloads/{name}" for name in self.store.list("payloads")}
-        missing = 0
-        for record in records[1:]:
-            if record is None or record.payload in present:
-                break
-            missing = record.index
-        return missing if missing in snapshots else 0
 
     def _step(self, record: Record | None, payload: bytes | StoreError | None) -> None:
         """Replays one record where the replica stands right before it; otherwise only the payload is checked."""

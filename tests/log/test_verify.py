@@ -1,23 +1,35 @@
 """Verify: a sound run passes, and no damage to any of its files goes unnamed."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from toy_run import ISLANDS, RUN_ID, ToyRun, all_files, new_replica
+from safetensors.torch import load, save
+from toy_run import ISLANDS, RUN_ID, ToyRun, all_files, bits, new_replica
 
 from diloco_ray.coordination.messages import DataRange
+from diloco_ray.errors import StoreError
+from diloco_ray.ids import sha256_hex
+from diloco_ray.log.account import Account, Terms
 from diloco_ray.log.record import Record, model_digest, seal, unseal
-from diloco_ray.log.run_log import record_path
+from diloco_ray.log.run_log import RunLog, record_path
 from diloco_ray.log.run_store import RunStore
-from diloco_ray.log.snapshot import manifest_path, prune_snapshots, save_snapshot
+from diloco_ray.log.snapshot import manifest_path, prune_snapshots, restore, save_snapshot
 from diloco_ray.log.verify import verify
 
 NUM_STEPS = 7
+TOKENS_COUNT = {
+    "config": {
+        "data": {"sequence_length": 8},
+        "inner": {"steps_per_round": 2, "batch_size": 2},
+        "sync": {"closes": "quorum"},
+    }
+}
 
 
 @pytest.fixture(scope="module")
@@ -131,20 +143,15 @@ def test_several_damages_are_all_named_and_replay_goes_on_after_them(run: ToyRun
     assert report.digest == final_digest_of(run)
 
 
-def test_pruned_payloads_are_no_damage(run: ToyRun):
-    for record in run.log.records[1:4]:
-        run.store.delete(record.payload)
+@pytest.mark.parametrize("lost", [(1, 2), (1, 2, 3), range(1, NUM_STEPS + 1)], ids=["two", "to_a_snapshot", "all"])
+def test_every_missing_payload_is_damage_also_before_a_snapshot(run: ToyRun, lost: Sequence[int]):
+    """A snapshot excuses nothing: no run prunes payloads, and `verify` replays the whole of it."""
+    for index in lost:
+        run.store.delete(run.log.records[index].payload)
     report = verify(run.store, new_replica)
-    assert report.ok
-    assert report.first_replayed == 4
-    assert report.digest == final_digest_of(run)
-
-
-def test_a_payload_lost_elsewhere_is_damage(run: ToyRun):
-    run.store.delete(run.log.records[1].payload)
-    run.store.delete(run.log.records[2].payload)
-    report = verify(run.store, new_replica)
-    assert [run.store.url_of(run.log.records[n].payload) in report.problems[n - 1] for n in (1, 2)] == [True, True]
+    named = [problem.split(": ")[0] for problem in report.problems]
+    assert named == [run.store.url_of(run.log.records[index].payload) for index in lost]
+    assert report.first_replayed == (0 if len(lost) == NUM_STEPS else 4)
 
 
 def test_pruned_snapshots_are_no_damage(run: ToyRun):
@@ -183,8 +190,138 @@ def test_a_snapshot_past_the_end_of_the_log_is_found(run: ToyRun):
     assert "the log ends before it" in verify(run.store, new_replica).problems[0]
 
 
+def test_tokens_that_fall_from_record_to_record_are_found(run: ToyRun):
+    rewrite(run, 4, lambda r: tokens_changed(r, expired=16, leased=r.tokens["leased"] + 16))
+    found = verify(run.store, new_replica).problems
+    where = run.store.url_of(record_path(5))
+    assert found == (f"{where}: tokens leased fall from 144 to 128", f"{where}: tokens expired fall from 16 to 0")
+
+
+def test_data_in_a_share_of_another_fragment_than_the_last_is_found(run: ToyRun):
+    rewrite(run, 3, lambda r: share_changed(r, tokens=32, spent=(DataRange(0, 0, 60, 64),)))
+    assert any("spent data, but fragment 0 closes no round" in p for p in verify(run.store, new_replica).problems)
+
+
+def test_a_damaged_record_costs_no_sound_one_its_numbers(run: ToyRun):
+    run.store.write(record_path(4), b"")
+    (problem,) = verify(run.store, new_replica).problems
+    assert problem.startswith(run.store.url_of(record_path(4)))
+
+
+@given(
+    lives=st.lists(
+        st.tuples(st.integers(1, 5), st.integers(1, 9), st.lists(st.integers(1, 40), min_size=1, max_size=8)),
+        min_size=1,
+        max_size=4,
+    ),
+    forged=st.integers(1, 5),
+)
+@settings(max_examples=200, deadline=None)
+def test_rounds_that_tokens_count_are_what_some_number_of_islands_makes_of_them(
+    sound: ToyRun, lives: list[tuple[int, int, list[int]]], forged: int
+):
+    """A life has a number of islands and of rounds of its own, and ends when it reaches its rounds."""
+    terms = Terms.of({**unseal(sound.store.read("run.json"), ""), **TOKENS_COUNT}, "")
+    account, record, committed = Account(terms), sound.log.records[0], 0
+    for epoch, (islands, num_rounds, contributed) in enumerate(lives, 1):
+        for sequences in contributed:
+            committed += 8 * sequences
+            round = min(num_rounds, committed // (islands * 4 * 8))
+            tokens = {**record.tokens, "committed": committed, "leased": committed}
+            record = replace(sound.log.records[1], fence_epoch=epoch, round=round, tokens=tokens)
+            assert [p for p in account.problems(record) if "round is" in p] == []
+            if round == num_rounds:
+                break
+    most = committed // (4 * 8)
+    forged_too_far = replace(record, round=most + forged, fence_epoch=9)
+    assert any("round is" in problem for problem in account.problems(forged_too_far))
+
+
+def test_a_round_that_falls_within_a_life_is_found_where_tokens_count_rounds(sound: ToyRun):
+    account = Account(Terms.of({**unseal(sound.store.read("run.json"), ""), **TOKENS_COUNT}, ""))
+    found: list[list[str]] = []
+    for round, committed in ((1, 64), (2, 128), (1, 192), (3, 192)):
+        tokens = {**sound.log.tail.tokens, "committed": committed, "leased": committed}
+        record = replace(sound.log.records[1], round=round, tokens=tokens)
+        found.append([problem for problem in account.problems(record) if "round is" in problem])
+    assert [len(problems) for problems in found] == [0, 0, 1, 0]
+
+
+def test_a_run_json_without_what_its_records_count_in_is_a_problem(run: ToyRun):
+    body = unseal(run.store.read("run.json"), "")
+    without_length = {**body["config"], "data": {}}
+    for change in ({"shard_sizes": []}, {"shard_sizes": [0]}, {"shard_sizes": None}, {"config": without_length}):
+        run.store.write("run.json", seal({**body, **change}))
+        (problem,) = verify(run.store, new_replica).problems
+        assert "run.json: not what its records count in" in problem
+
+
+@pytest.mark.parametrize("change", ["versions", "digests", "tensor", "layout"])
+def test_a_snapshot_that_is_too_short_is_named_and_passed_over(run: ToyRun, change: str):
+    """Sealed again, so that only its meaning is wrong. A coordinator that begins takes the one before it."""
+    path, file = manifest_path(6), "snapshots/00000006/fragment-000.safetensors"
+    body = unseal(run.store.read(path), "")
+    if change == "tensor":
+        tensors = load(run.store.read(file))
+        run.store.write(file, save({**tensors, "parameters": tensors["parameters"][:-1].clone()}))
+        body["files"]["fragment-000.safetensors"] = sha256_hex(run.store.read(file))
+    else:
+        body[change] = {} if change == "layout" else body[change][:1]
+    run.store.write(path, seal(body))
+    (problem,) = verify(run.store, new_replica).problems
+    assert problem.startswith(run.store.url_of(file if change == "tensor" else path))
+    replica = new_replica(unseal(run.store.read("run.json"), ""))
+    assert restore(run.store, RunLog.open(run.store), replica) == NUM_STEPS
+    assert bits(replica) == run.bits()
+
+
+def test_a_number_that_python_does_not_write_is_damage(run: ToyRun):
+    """10^4300 - 1 is read and written; the round after it is neither."""
+    run.store.write(record_path(7), share_changed(run.log.records[7], round=10**4300 - 1).to_bytes())
+    (problem,) = verify(run.store, new_replica).problems
+    assert problem == f"{run.store.url_of(record_path(7))}: not a sealed file: a number of 4300 digits"
+
+
+@pytest.mark.parametrize("num_values", [-320, 10**15, 10**30])
+def test_a_model_that_no_machine_holds_is_a_problem(run: ToyRun, num_values: int):
+    body = unseal(run.store.read("run.json"), "")
+    body["layout"] = {"fragments": [{"index": 0, "slots": [slot_of(num_values)]}]}
+    run.store.write("run.json", seal(body))
+    assert any("run.json: no replica can be built" in problem for problem in verify(run.store, new_replica).problems)
+
+
+def slot_of(num_values: int) -> dict[str, Any]:
+    return {"name": "embed", "shape": [num_values], "offset": 0, "num_values": num_values}
+
+
+def test_files_of_numbers_far_off_are_named_once_and_cost_nothing(run: ToyRun):
+    """Each of these was a hundred million looks at the store."""
+    run.store.write("log/99999999.json", run.store.read(record_path(2)))
+    run.store.write("fences/99999999.json", b"{}")
+    report = verify(run.store, new_replica)
+    fences, fence, gap, record = report.problems
+    assert (
+        fences == f"{run.store.url_of('fences/00000002.json')}: it is not there, nor is any of the next 99999996, "
+        "though fences/99999999.json is"
+    )
+    assert fence.startswith(run.store.url_of("fences/99999999.json"))
+    assert gap.startswith(run.store.url_of(record_path(8)))
+    assert record == f"{run.store.url_of('log/99999999.json')}: it is record 2"
+    assert (report.num_records, report.num_outer_steps, report.last_index) == (9, 7, 99999999)
+    with pytest.raises(StoreError, match="does not exist"):
+        RunLog.open(run.store)
+
+
 def share_changed(record: Record, **change: object) -> Record:
     return replace(record, shares=(replace(record.shares[0], **change), *record.shares[1:]))
+
+
+def spent_changed(record: Record, **change: int) -> Record:
+    return share_changed(record, spent=(replace(record.shares[0].spent[0], **change),))
+
+
+def tokens_changed(record: Record, **change: int) -> Record:
+    return replace(record, tokens={**record.tokens, **change})
 
 
 @pytest.mark.parametrize(
@@ -210,6 +347,29 @@ def share_changed(record: Record, **change: object) -> Record:
         (lambda r: replace(r, fragment=9), "fragment 9"),
         (lambda r: replace(r, payload="../../etc/passwd"), "passwd' is not a path inside the run store"),
         (lambda r: replace(r, index=5), "it is record 5"),
+        (lambda r: tokens_changed(r, expired=-16, leased=r.tokens["leased"] - 16), "-16 tokens expired"),
+        (lambda r: replace(r, round=3), "round is 3, but 2 are whole with it"),
+        (lambda r: replace(r, round=0), "round is 0, but 2 are whole with it"),
+        (lambda r: replace(r, shares=()), "an outer step that nobody has a share in"),
+        (lambda r: replace(r, fence_epoch=-5), "fence epoch -5 is nobody's"),
+        (lambda r: share_changed(r, round=2), "island-00 in its round 3 is in the step of round 2"),
+        (lambda r: share_changed(r, weight=0.0), "island-00 has weight 0.0"),
+        (lambda r: share_changed(r, weight=-1e308), "island-00 has weight -1e+308"),
+        (lambda r: share_changed(r, norm=-1.0), "island-00 has norm -1.0"),
+        (lambda r: share_changed(r, incarnation=0), "island-00 has incarnation 0"),
+        (lambda r: share_changed(r, base_version=-1), "island-00 has base_version -1"),
+        (lambda r: share_changed(r, tokens=-32), "island-00 has tokens -32"),
+        (lambda r: share_changed(r, tokens=40), "island-00 has 40 tokens, but spent 4 sequences of 8"),
+        (lambda r: share_changed(r, spent=()), "island-00 has 32 tokens, but spent 0 sequences of 8"),
+        (lambda r: share_changed(r, spent=(), tokens=0), "spent no data, but fragment 1 closes a round"),
+        (lambda r: spent_changed(r, shard=1), "of shard 1, but trains on the 100 of shard 0"),
+        (lambda r: spent_changed(r, epoch=-3), "of epoch -3 of shard 0, but trains on"),
+        (
+            lambda r: spent_changed(r, start=98, stop=102),
+            "spent sequences 98..102 of epoch 0 of shard 0, but trains on",
+        ),
+        (lambda r: spent_changed(r, epoch=3), "of epoch 3 of shard 0, which were not leased out yet"),
+        (lambda r: spent_changed(r, epoch=10**12), f"of epoch {10**12} of shard 0, which were not leased out yet"),
     ],
 )
 def test_what_a_sealed_record_says_is_checked(run: ToyRun, change: Callable[[Record], Record], found: str):

@@ -20,6 +20,7 @@ RUN_ID = "0" * 32
 SHAPES = {"embed": (20, 16), "w": (16, 16), "head": (16, 20)}
 ISLANDS = ("island-00", "island-01")
 NUM_SEQUENCES = 4  # that an island spends in a round, 8 tokens each
+SHARD_SIZE = 100
 
 
 def new_replica(run: dict[str, Any]) -> Replica:
@@ -41,6 +42,9 @@ class ToyRun:
         layout = partition(SHAPES, self.num_fragments)
         outer = {"learning_rate": 0.7, "momentum": 0.9}
         run = {"run_id": run_id, "layout": layout.to_dict(), "outer": outer, "downlink": "int8"}
+        inner = {"steps_per_round": 2, "batch_size": NUM_SEQUENCES // 2}
+        config = {"data": {"sequence_length": 8}, "inner": inner, "sync": {"closes": "all"}}
+        run = {**run, "config": config, "shard_sizes": [SHARD_SIZE]}
         self.store.write("run.json", seal(run))
         self.replica = new_replica(run)
         generator = torch.Generator().manual_seed(7)
