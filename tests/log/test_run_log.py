@@ -11,7 +11,7 @@ from toy_run import RUN_ID, ToyRun, bits, new_replica
 
 from diloco_ray.errors import CorruptionError, FencedError, StoreError
 from diloco_ray.log.record import seal, unseal
-from diloco_ray.log.run_log import RunLog, read_ahead, record_path, take_fence
+from diloco_ray.log.run_log import RunLog, check_fence, fence_path, read_ahead, record_path, take_fence
 from diloco_ray.log.run_store import Bytes, RunStore
 from diloco_ray.log.snapshot import restore
 from diloco_ray.log.verify import verify
@@ -123,6 +123,25 @@ def test_fence_epochs_go_up_one_by_one(store: RunStore):
     assert [take_fence(store, RUN_ID, f"life {n}") for n in range(3)] == [1, 2, 3]
     body = unseal(store.read("fences/00000003.json"), "")
     assert body == {"epoch": 3, "run_id": RUN_ID, "holder": "life 2"}
+
+
+def test_a_fence_that_somebody_else_put_far_off_stops_no_coordinator(store: RunStore):
+    """Its successor's name has nine digits, and is looked for all the same."""
+    store.write("fences/99999999.json", b"{}")
+    epoch = take_fence(store, RUN_ID, "")
+    assert epoch == 100_000_000
+    check_fence(store, epoch)
+    assert take_fence(store, RUN_ID, "") == 100_000_001
+    with pytest.raises(FencedError):
+        check_fence(store, epoch)
+
+
+def test_a_fence_with_no_number_above_it_is_named_before_anything_is_written(store: RunStore):
+    store.write(fence_path(10**18 - 1), b"{}")
+    with pytest.raises(CorruptionError, match="no number above it") as caught:
+        take_fence(store, RUN_ID, "")
+    assert caught.value.where == store.url_of(fence_path(10**18 - 1))
+    assert len(store.list("fences")) == 1
 
 
 def test_no_two_coordinators_share_an_epoch(store: RunStore):

@@ -194,7 +194,7 @@ def test_tokens_that_fall_from_record_to_record_are_found(run: ToyRun):
     rewrite(run, 4, lambda r: tokens_changed(r, expired=16, leased=r.tokens["leased"] + 16))
     found = verify(run.store, new_replica).problems
     where = run.store.url_of(record_path(5))
-    assert found == (f"{where}: tokens leased fall from 144 to 128", f"{where}: tokens expired fall from 16 to 0")
+    assert found == (f"{where}: tokens expired fall from 16 to 0", f"{where}: tokens leased fall from 144 to 128")
 
 
 def test_data_in_a_share_of_another_fragment_than_the_last_is_found(run: ToyRun):
