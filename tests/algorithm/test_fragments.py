@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diloco_ray.algorithm.fragments import Layout, partition
-from diloco_ray.errors import ConfigError, RunMismatchError
+from diloco_ray.errors import ConfigError, CorruptionError, RunMismatchError
 
 SHAPES = {
     "embed": (50, 8),
@@ -104,6 +104,14 @@ def test_a_layout_survives_json_and_its_digest_tells_layouts_apart():
     assert again.digest() == layout.digest()
     assert layout.digest() != partition(SHAPES, 2).digest()
     assert layout.digest() != partition(SHAPES | {"head": (8, 50)}, 3).digest()
+
+
+@pytest.mark.parametrize("change", [{"index": 1}, {"slots": 5}, {"slots": []}])
+def test_what_is_no_layout_is_refused(change: dict[str, Any]):
+    body = json.loads(json.dumps(partition(SHAPES, 1).to_dict()))
+    body["fragments"][0].update(change)
+    with pytest.raises(CorruptionError, match="no layout of a model"):
+        Layout.from_dict(body)
 
 
 # ---- other ways to cut ----

@@ -11,13 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 from toy_run import ISLANDS, RUN_ID, ToyRun, all_files, bits, new_replica
+from typer.testing import CliRunner
 
+from diloco_ray.cli import app
 from diloco_ray.coordination.messages import DataRange
 from diloco_ray.errors import StoreError
 from diloco_ray.ids import sha256_hex
 from diloco_ray.log.account import Account, Terms
 from diloco_ray.log.record import Record, model_digest, seal, unseal
-from diloco_ray.log.run_log import RunLog, record_path
+from diloco_ray.log.run_log import RunLog, fence_path, record_path
 from diloco_ray.log.run_store import RunStore
 from diloco_ray.log.snapshot import manifest_path, prune_snapshots, restore, save_snapshot
 from diloco_ray.log.verify import verify
@@ -157,6 +159,24 @@ def test_every_missing_payload_is_damage_also_before_a_snapshot(run: ToyRun, los
 def test_pruned_snapshots_are_no_damage(run: ToyRun):
     prune_snapshots(run.store, 0)
     assert verify(run.store, new_replica).ok
+
+
+def test_after_a_missing_record_replay_goes_on_from_the_next_snapshot_only(run: ToyRun):
+    run.store.delete(record_path(4))
+    report = verify(run.store, new_replica)
+    (problem,) = report.problems
+    assert problem.startswith(run.store.url_of(record_path(4)))
+    assert report.digest == final_digest_of(run)
+
+
+def test_the_command_prints_so_many_problems_and_says_how_many_more_there_are(run: ToyRun):
+    for epoch in range(2, 102):
+        run.store.write(fence_path(epoch), b"")
+    result = CliRunner().invoke(app, ["verify", run.store.url])
+    assert result.exit_code == 5
+    *problems, last = result.output.splitlines()
+    assert len(problems) == 50
+    assert last.endswith("more; --json lists them all")
 
 
 def test_without_run_json_everything_else_is_still_checked(run: ToyRun):
