@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from diloco_ray.coordination.messages import DataRange
+from diloco_ray.errors import CorruptionError
 from diloco_ray.ids import island_number
 
 Fate = str  # "committed" | "rejected" | "expired" | "rewound"
@@ -195,7 +196,7 @@ class DataLedger:
         """The ledger after replaying a log: `spent` is all that its records committed, `account` the last one's totals.
 
         What was outstanding at the last record is unknown to a new coordinator: it has expired until an island that
-        still works on it joins again and has its lease adopted.
+        still works on it joins again and has its lease adopted. CorruptionError where a place is spent twice.
         """
         ledger = replace(
             self,
@@ -204,5 +205,9 @@ class DataLedger:
         )
         ledger, twice = ledger._without(sorted(spent))
         if twice is not None:
-            raise ValueError(f"{twice} is committed twice")
+            raise CorruptionError(
+                f"{twice} is committed twice, or no place of its shard",
+                where="log",
+                remedy="`diloco-ray verify RUN` names the record; restore the log from a copy of the run's folder",
+            )
         return ledger

@@ -9,6 +9,7 @@ from toy_world import check_account, check_cover
 
 from diloco_ray.coordination.data_ledger import FATES, MAX_PIECES, MAX_RANGES, DataLedger, Lease
 from diloco_ray.coordination.messages import DataRange
+from diloco_ray.errors import CorruptionError
 from diloco_ray.ids import island_name
 
 TOKENS = 8
@@ -183,7 +184,7 @@ def test_a_recovered_ledger_has_what_the_log_spent_and_leases_the_gaps_first():
 
 
 def test_a_log_that_spends_a_range_twice_is_refused():
-    with pytest.raises(ValueError, match="committed twice"):
+    with pytest.raises(CorruptionError, match="committed twice"):
         ledger().recovered([DataRange(0, 0, 0, 4), DataRange(0, 0, 2, 6)], ledger().account())
 
 
@@ -351,3 +352,11 @@ def test_where_a_round_takes_several_epochs_leases_come_back_in_any_order():
     assert after.cursor() == given.cursor()
     assert after.returned == ()
     assert ledger(3, prefix="2").adopt(leases[-1].id, "island-05", leases[-1].ranges, num_ahead=4) is None
+
+
+@pytest.mark.parametrize("spent", [(DataRange(0, 0, 8, 12),), (DataRange(0, -1, 0, 4),), (DataRange(1, 0, 0, 4),)])
+def test_a_log_that_spends_what_is_no_place_is_damage(spent: tuple[DataRange, ...]):
+    account = {"leased": 8, "committed": 8, "rejected": 0, "expired": 0, "rewound": 0, "outstanding": 0}
+    with pytest.raises(CorruptionError, match="is committed twice, or no place of its shard") as caught:
+        ledger().recovered(spent, account)
+    assert "diloco-ray verify" in caught.value.remedy
