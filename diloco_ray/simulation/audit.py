@@ -2,21 +2,24 @@
 
 Numbers are those of the design: I1 announced records last; I2 one commit per contribution; I3 what is accepted outlives
 its island; I4 a chain without gaps; I5 fences do not fall, and who is fenced does not write; I6 a serial replay of the
-contributions themselves gives the same bits; I7 no island's replica is another one; I8 every leased token has one fate;
-I9 no range twice in an epoch, none lost; I10 finite; I12 a contribution is measured from what the log says its base is.
-I11 and I16 are the world's, but for this: a process ends by an error only where something went wrong with it.
+contributions themselves, each with the weight that its lease gives it, gives the same bits; I7 no island's replica is
+another one; I8 every leased token has one fate, and until then a holder; I9 no range twice in an epoch, none lost; I10
+finite, and no longer than what was usual or is possible; I12 a contribution is measured from what the log says its base
+is. I11 and I16 are the world's, but for this: a process ends by an error only where something went wrong with it.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 
 import torch
 
 from diloco_ray.algorithm.codecs import get_codec
+from diloco_ray.algorithm.outer_gradient import inspect_payload
 from diloco_ray.algorithm.replica import Replica
-from diloco_ray.coordination.data_ledger import DataLedger
-from diloco_ray.coordination.messages import Contribution, DataRange
+from diloco_ray.coordination.data_ledger import DataLedger, Lease
+from diloco_ray.coordination.messages import Contribution, DataRange, Share
 from diloco_ray.coordination.state import Key, RunState
 from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.errors import CorruptionError, DeadlineError, DiLoCoError, FencedError, OvertakenError, StoreError
@@ -37,6 +40,7 @@ class Audit:
 
     def __init__(self, job: CoordinatorJob, begun: RunStore):
         self._rules, self._combine = job.rules, job.outer.combine_function
+        self._shard_sizes, self._sequence_length = job.shard_sizes, job.sequence_length
         self._uplink = get_codec(job.rules.uplink)
         self._replica = Replica(job.layout, job.outer.build(), get_codec(job.downlink))
         load_snapshot(begun, 0, self._replica)
@@ -44,11 +48,17 @@ class Audit:
         self._residuals = [torch.zeros(size) for size in sizes] if job.downlink_error_feedback else []
         self._bases = {(p, 0): self._replica.parameters(p).clone() for p in range(len(sizes))}
         self._sent: dict[str, Bytes] = {}
+        self._claims: defaultdict[tuple[Key, str], set[tuple[str, int]]] = defaultdict(set)  # lease, steps, as sent
+        self._leases: dict[str, Lease] = {}  # all that were ever outstanding
+        self._longest: defaultdict[int, float] = defaultdict(float)  # norm accepted so far, by fragment
+        self._committed_tokens = 0
+        self._records: dict[int, Record] = {}
         self._keys: set[tuple[int, int, str]] = set()
         self._spent: defaultdict[int, set[tuple[int, int]]] = defaultdict(set)  # by data shard: epoch and sequence
         self._fence_epoch = self._tail = self._tail_epoch = 0
         self._tail_sha256 = sha256_hex(begun.read("log/00000000.json"))
         self._ledger: DataLedger | None = None
+        self._held: tuple[object, ...] = ()  # ledger, plans and inbox of the last look
         self._whole: dict[str, Key] = {}  # leases whose contributions are accepted to their end, by the last look
         self._whole_epoch = 0
         self.storage_had_trouble = False
@@ -62,6 +72,8 @@ class Audit:
 
     def sent(self, contribution: Contribution, payload: Bytes) -> None:
         self._sent[sha256_hex(payload.data)] = payload.copy()
+        c = contribution
+        self._claims[c.key, c.payload_sha256].add((c.lease_id, c.inner_steps))
 
     def measured_from(self, fragment: int, version: int, base: torch.Tensor, name: str) -> None:
         """An island measures from these values and calls them this version (I12)."""
@@ -117,11 +129,47 @@ class Audit:
             if self._rules.in_step:
                 allowed = 1 if self._rules.overlap >= self._rules.inner_steps_per_round else 0
                 require(lag <= allowed, "I12", f"record {record.index}: {key} was measured {lag} outer steps ago")
+            self._check_weight(record, share)
             self._spend(record.index, share.spent)
         self._replay(record)
         self._check_account(record.tokens, f"record {record.index}")
+        self._committed_tokens += sum(share.tokens for share in record.shares)
+        told, counted = record.tokens["committed"], self._committed_tokens
+        require(told == counted, "I8", f"record {record.index}: committed {told}, by all shares {counted}")
+        self._records[record.index] = record
         self._tail, self._tail_sha256, self._tail_epoch = record.index, sha256_hex(data), record.fence_epoch
         self.num_steps += 1
+
+    def _check_weight(self, record: Record, share: Share) -> None:
+        """By the lease that the contribution was sent under, never by what its island says of itself."""
+        key, closes = (record.fragment, share.round, share.island), record.fragment == self._rules.num_fragments - 1
+        claims = self._claims[key, share.payload_sha256]
+        fitting = [(lease, steps) for lease_id, steps in claims if (lease := self._leases.get(lease_id))]
+        weights = [self._weight(lease, steps) for lease, steps in fitting]
+        right = any(math.isclose(share.weight, weight, rel_tol=1e-9) for weight in weights)
+        wanted = " or ".join(f"{weight:g}" for weight in weights) or "none"
+        self.require(right, "I6", f"record {record.index}: {key} weighs {share.weight:g}, by its lease {wanted}")
+        spent = [lease.ranges if closes else () for lease, _ in fitting]
+        tokens = self._num_tokens(share.spent)
+        right = share.spent in spent and share.tokens == tokens
+        self.require(right, "I8", f"record {record.index}: {key} spends {share.tokens} tokens, its lease has {tokens}")
+
+    def _weight(self, lease: Lease, claimed_steps: int) -> float:
+        tokens, rules = self._num_tokens(lease.ranges), self._rules
+        given_steps = tokens // (rules.sequences_per_inner_step * self._sequence_length)
+        steps = min(max(1, claimed_steps), given_steps)
+        match rules.weighting:
+            case "uniform":
+                return 1.0
+            case "tokens":
+                return tokens
+            case "tokens_squared_per_step":
+                return (tokens * steps / given_steps) ** 2 / steps
+            case "examples":
+                return self._shard_sizes[lease.ranges[0].shard]
+
+    def _num_tokens(self, ranges: tuple[DataRange, ...]) -> int:
+        return sum(r.num_sequences for r in ranges) * self._sequence_length
 
     def _spend(self, index: int, ranges: tuple[DataRange, ...]) -> None:
         for r in ranges:
@@ -136,6 +184,9 @@ class Audit:
             self.require(share.payload_sha256 in self._sent, "I6", f"record {record.index}: a payload nobody sent")
         payloads = [torch.from_numpy(self._sent[share.payload_sha256]) for share in record.shares]
         p, weights = record.fragment, [share.weight for share in record.shares]
+        for share, payload in zip(record.shares, payloads):
+            norm = inspect_payload(payload, self._replica.parameters(p).numel(), self._uplink)
+            self.require(share.norm == norm, "I10", f"record {record.index}: norm {share.norm:g} of one of {norm:g}")
         residual = self._residuals[p] if self._residuals else None
         combined, digest = self._replica.outer_step(p, payloads, weights, self._uplink, self._combine, residual)
         same = sha256_hex(combined.numpy().data) == record.payload_sha256 and digest == record.state_digest
@@ -146,14 +197,20 @@ class Audit:
 
     # ---- coordinators ----
 
-    def announced(self, index: int) -> None:
-        self.require(index <= self._tail, "I1", f"record {index} is announced and not in the log")
+    def announced(self, record: Record) -> None:
+        self.require(record.index <= self._tail, "I1", f"record {record.index} is announced and not in the log")
+        same = self._records[record.index] == record
+        self.require(same, "I1", f"record {record.index} is announced, and the log has another one")
 
     def looked_at(self, state: RunState, fence_epoch: int) -> None:
         """The state of a coordinator that is not fenced. One that an older coordinator has overtaken does not know yet
         what that one has spent; it stops at its next commit."""
         self.require(state.index <= self._tail, "I1", f"the state is at record {state.index} of {self._tail}")
         self._check_kept(state, fence_epoch)
+        held = (state.ledger, state.plans, state.inbox)
+        if any(now is not before for now, before in zip_longest(held, self._held)):
+            self._check_held(state)
+        self._held = held
         is_overtaken = state.index < self._tail and self._tail_epoch < fence_epoch
         if state.ledger is self._ledger or is_overtaken:
             return
@@ -173,6 +230,23 @@ class Audit:
         plans = [plan for plans in state.plans.values() for plan in takewhile(state.is_whole, plans)]
         self._whole = {plan.lease_id: (state.closing_fragment, plan.round, plan.island) for plan in plans}
         self._whole_epoch = fence_epoch
+
+    def _check_held(self, state: RunState) -> None:
+        """What is leased is in the hands of an island that is here, or in the inbox: nothing else would settle it (I8).
+        What is accepted is no longer than so many times the longest before it, or than inner steps go (I10)."""
+        holders = {plan.lease_id for name in state.alive for plan in state.plans.get(name, ())}
+        holders |= {item.contribution.lease_id for item in state.inbox.values()}
+        left = state.ledger.outstanding.keys() - holders
+        self.require(not left, "I8", f"leases {sorted(left)[:3]} are outstanding, and nobody holds them")
+        self._leases.update(state.ledger.outstanding)
+        rules = self._rules
+        for key, item in state.inbox.items():
+            p, norm = key[0], item.norm or 0.0
+            if norm > self._longest[p]:
+                steps = max(1.0, item.inner_steps / rules.inner_steps_per_round)
+                most = max(rules.max_norm_ratio * self._longest[p], steps * rules.longest[p]) or math.inf
+                self.require(norm <= most, "I10", f"{key} is accepted with a norm of {norm:g}, of {most:g} at most")
+                self._longest[p] = norm
 
     def _check_account(self, account: Mapping[str, int], where: str) -> None:
         fates = sum(count for name, count in account.items() if name != "leased")

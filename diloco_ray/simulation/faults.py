@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from diloco_ray.simulation.green import Process
 from diloco_ray.simulation.scenario import Fault
-from diloco_ray.simulation.storage import IOCall
+from diloco_ray.simulation.storage import AnswerLostError, IOCall
 from diloco_ray.simulation.tampering import tampered
 
 if TYPE_CHECKING:
@@ -64,6 +64,10 @@ class Faults:
                 if fault.kind == "refuse":
                     world.audit.storage_had_trouble = True
                     raise OSError(errno.EIO, "input/output error")
+                if fault.kind == "repeat":
+                    raise AnswerLostError
+        if met and task.process.is_frozen and task.process.may_pause:
+            hub.pause(0.0)  # who is stopped at this moment makes no further call
 
     def _strike(self, fault: Fault) -> None:
         world, hub = self._world, self._world.hub
@@ -103,7 +107,7 @@ class Faults:
                 self._full_until_s = hub.now_s + fault.for_s
             case "sluggish":
                 self._sluggish_until_s = hub.now_s + fault.for_s
-            case "refuse":
+            case "refuse" | "repeat":
                 pass  # by whoever makes the call
 
     def _processes(self, who: str) -> list[Process]:

@@ -4,6 +4,7 @@ What `runtime` does with Ray's actors is done here with threads in virtual time:
 """
 
 import random
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 from diloco_ray.coordination.messages import Contribution, Event, Verdict
 from diloco_ray.coordination.rounds import next_look_s
+from diloco_ray.coordination.state import Key
 from diloco_ray.coordinator.coordinator import Coordinator
 from diloco_ray.coordinator.job import CoordinatorJob
 from diloco_ray.coordinator.jobs import Job
@@ -27,6 +29,7 @@ from diloco_ray.simulation.network import Line, Network
 from diloco_ray.transport.protocol import Bytes, News, told
 
 TICK_S = 0.5
+JOB_S = 0.02  # one look at a payload, or one outer step, at most, beside what the storage takes
 FOLLOW_S = 10.0
 VERDICT_TIMEOUT_S = 5.0  # under one attempt of a caller
 STEP_S = 1.5  # one inner step
@@ -44,6 +47,7 @@ class CoordinatorLife:
         self.step_began_fenced = self._is_finishing = self._has_finished = False
         self._hub, self._number, self._audit = hub, number, audit
         self._jobs: Mailbox[Job] = Mailbox(self.process)
+        self._arrived: defaultdict[tuple[Key, int, str], list[Bytes]] = defaultdict(list)  # and not yet judged
         self._changed = self.process.condition()
         self.process.start("begin", lambda: self._begin(store, job))
 
@@ -78,6 +82,7 @@ class CoordinatorLife:
         """The loop hears of what is done while the next job is on its way."""
         while True:
             job = self._jobs.get()
+            self._hub.pause(self._hub.rng.random() * JOB_S)
             self.step_began_fenced = self.is_fenced
             try:
                 self.process.start("done", partial(self._do, partial(_receive, event=job())))
@@ -142,16 +147,24 @@ class CoordinatorLife:
                 self._changed.wait(until_s - self._hub.now_s)
             assert self.coordinator is not None
             verdict = self.coordinator.verdict_on(contribution)
-        if verdict.status != "pending":
-            payload[:] = 0  # what lies in the sender's memory may be gone once it is judged
+        self._let_go(contribution, payload, verdict)
         return verdict
+
+    def _let_go(self, c: Contribution, payload: Bytes, verdict: Verdict) -> None:
+        """What lies in the sender's memory may be gone once it is judged, however often it has been sent."""
+        sent = self._arrived[c.key, c.incarnation, c.payload_sha256]
+        sent.append(payload)
+        if verdict.status in ("accepted", "committed", "rejected"):
+            for data in sent:
+                data[:] = 0
+            sent.clear()
 
     def _news(self, island: str, incarnation: int, after: int, wait_s: float, held: str) -> News:
         until_s = self._hub.now_s + wait_s
         while True:
             news: News | None = self._undisturbed(lambda c: told(c, island, incarnation, after, held))
             for record, _ in news.records if news else ():
-                self._audit.announced(record.index)
+                self._audit.announced(record)
             if news or self._hub.now_s >= until_s:
                 return news or News("ok")
             with self._changed:

@@ -28,11 +28,12 @@ from diloco_ray.simulation.processes import STEP_S
 from diloco_ray.simulation.storage import IOCall
 
 Kind = Literal[
-    "kill", "freeze", "cut", "mute", "deafen", "slow", "leave", "usurp", "bad_payload", "full", "sluggish", "refuse",
+    "kill", "freeze", "cut", "mute", "deafen", "slow", "leave", "usurp", "bad_payload",
+    "full", "sluggish", "refuse", "repeat",
 ]  # fmt: skip
 BadPayload = Literal[
     "nan", "huge", "zero", "short", "long", "terabyte", "pickle", "other_digest", "inflated", "foreign",
-    "replayed", "forged", "doubled", "conflict",
+    "stale", "replayed", "forged", "doubled", "conflict",
 ]  # fmt: skip
 
 OTHERS: dict[str, tuple[str, ...]] = {  # whom a fault may strike, but for islands
@@ -42,6 +43,7 @@ OTHERS: dict[str, tuple[str, ...]] = {  # whom a fault may strike, but for islan
     "full": ("storage",),
     "sluggish": ("storage",),
     "refuse": ("storage",),
+    "repeat": ("storage",),
 }
 OWN_FIELDS: dict[str, tuple[str, ...]] = {  # what a fault has beside its time
     **dict.fromkeys(("freeze", "cut", "mute", "deafen", "leave", "full", "sluggish"), ("for_s",)),
@@ -111,6 +113,8 @@ class Fault(BaseModel):
             raise ValueError("no time, or more than one; give exactly one of at_s, after_round, point")
         if self.kind == "refuse" and not self.point:
             raise ValueError("no call is named that the storage refuses; give its point")
+        if self.kind == "repeat" and not (self.point or "").startswith("after create "):
+            raise ValueError("no create is named that is made once more; give its point: after create, and a path")
         its_own = (*OWN_FIELDS.get(self.kind, ()), *(("skip",) if self.point else ()))
         for name in ("skip", "for_s", "how", "factor"):
             if name in self.model_fields_set and name not in its_own:
@@ -153,13 +157,15 @@ class Chance(BaseModel):
         body |= {"for_s": for_s} if "for_s" in OWN_FIELDS.get(kind, ()) else {}
         if kind in ("kill", "freeze"):
             body["who"] = rng.choice([island, island, "coordinator", "everything" if kind == "kill" else "coordinator"])
-        elif kind in ("full", "sluggish", "refuse"):
+        elif kind in ("full", "sluggish", "refuse", "repeat"):
             body["who"] = "storage"
         elif kind == "usurp":
             body["who"] = rng.choice([island, "coordinator"])
         elif kind == "bad_payload":
             body["how"] = rng.choice(get_args(BadPayload))
-        if kind == "refuse" or (kind == "kill" and body["who"] == "coordinator" and rng.random() < 0.6):
+        if kind == "repeat":
+            body |= {"point": rng.choice(CREATES), "skip": rng.randrange(8)}
+        elif kind == "refuse" or (kind == "kill" and body["who"] == "coordinator" and rng.random() < 0.6):
             body |= {"point": rng.choice(POINTS), "skip": rng.randrange(8)}
         else:
             body["at_s"] = round(rng.uniform(0.0, self.until_s), 2)
@@ -179,6 +185,7 @@ POINTS = tuple(
         "read log/*",
     )
 )
+CREATES = tuple(point for point in POINTS if point.startswith("after create "))
 
 
 class Scenario(BaseModel):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from diloco_ray.algorithm.codecs import BLOCK_VALUES, Codec, get_codec
+from diloco_ray.coordination.membership import MOST
 from diloco_ray.coordination.messages import Contribution
 from diloco_ray.ids import sha256_hex
 from diloco_ray.simulation.scenario import BadPayload
@@ -30,9 +31,11 @@ def tampered(how: BadPayload, c: Contribution, payload: Bytes, before: Sequence[
         case "terabyte":
             return [(replace(c, payload_bytes=10**12), payload)]
         case "inflated":
-            return [(replace(c, inner_steps=10**9, metrics={**c.metrics, "tokens": 1e18}), payload)]
+            return [(replace(c, inner_steps=10**9, metrics={**c.metrics, "tokens": MOST}), payload)]
         case "foreign":
             return [(replace(c, run_id="another"), payload), (c, payload)]
+        case "stale":
+            return [(replace(c, base_version=0), payload), (c, payload)]
         case "short":
             return [_sealed(c, payload[:-1].copy())]
         case "long":

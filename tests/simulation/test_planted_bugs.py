@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from diloco_ray.algorithm.replica import Replica
 from diloco_ray.coordination import admission, reducer, rounds
 from diloco_ray.coordination.data_ledger import DataLedger
-from diloco_ray.coordination.state import RunState
+from diloco_ray.coordination.messages import Contribution, Verdict
+from diloco_ray.coordination.state import Accepted, RunState
 from diloco_ray.coordinator import coordinator as coordinator_module
 from diloco_ray.coordinator.coordinator import Coordinator
-from diloco_ray.coordinator.payloads import Payload
+from diloco_ray.coordinator.payloads import Payload, Payloads
 from diloco_ray.errors import StoreError
 from diloco_ray.log.record import Record
 from diloco_ray.log.run_log import RunLog
@@ -162,7 +164,104 @@ def end_the_coordinator_for_no_reason(patch: Patch) -> None:
     patch.setattr(Coordinator, "_take_outer_step", planted)
 
 
+def accept_an_older_base_than_the_rounds(patch: Patch) -> None:
+    problem = admission._time_problem
+
+    def planted(state: RunState, c: Contribution, plan: Any) -> str:
+        found = problem(state, c, plan)
+        return "" if found.startswith("based on version") else found
+
+    patch.setattr(admission, "_time_problem", planted)
+
+
+def bear_one_outer_step_too_many(patch: Patch) -> None:
+    problem = admission._time_problem
+
+    def planted(state: RunState, c: Contribution, plan: Any) -> str:
+        patient = replace(state.rules, max_staleness=state.rules.max_staleness + 1)
+        return problem(replace(state, rules=patient), c, plan)
+
+    patch.setattr(admission, "_time_problem", planted)
+
+
+def accept_any_norm(patch: Patch) -> None:
+    patch.setattr(reducer, "judge_norm", lambda state, held, norm: Verdict("accepted"))
+
+
+def weigh_by_the_tokens_that_an_island_claims(patch: Patch) -> None:
+    weight = rounds._weight
+
+    def planted(state: RunState, item: Accepted) -> float:
+        return item.contribution.metrics.get("tokens", 0.0) or weight(state, item)
+
+    patch.setattr(rounds, "_weight", planted)
+
+
+def weigh_by_the_steps_that_an_island_claims(patch: Patch) -> None:
+    weight = rounds._weight
+
+    def planted(state: RunState, item: Accepted) -> float:
+        return weight(state, item) * item.contribution.inner_steps / item.inner_steps
+
+    patch.setattr(rounds, "_weight", planted)
+
+
+def keep_the_lease_of_who_leaves(patch: Patch) -> None:
+    revoke = reducer.revoke
+
+    def planted(state: RunState, island: str, fate: str) -> RunState:
+        after = revoke(state, island, fate)
+        return replace(after, ledger=state.ledger) if state.members[island].standing == "left" else after
+
+    patch.setattr(reducer, "revoke", planted)
+
+
+def lose_the_rest_of_an_epoch(patch: Patch) -> None:
+    """Where what a restarted coordinator hears of lies in the next epoch."""
+    move = DataLedger._move_cursor
+
+    def planted(self: DataLedger, shard: int, epoch: int, position: int) -> DataLedger:
+        lost = range(self.cursor(shard)[0], epoch)
+        after = move(self, shard, epoch, position)
+        return replace(after, returned=tuple(item for item in after.returned if item[0].epoch not in lost))
+
+    patch.setattr(DataLedger, "_move_cursor", planted)
+
+
+def apply_a_commit_that_is_found_again_twice(patch: Patch) -> None:
+    take, check, found = Coordinator._take_outer_step, RunLog._check_own_retry, list[str]()
+
+    def checked(self: RunLog, path: str, data: bytes, fence_epoch: int) -> None:
+        check(self, path, data, fence_epoch)
+        found.append(path)
+
+    def planted(self: Coordinator, step: Any) -> Any:
+        event = take(self, step)
+        if found and event:
+            found.clear()
+            self._replica.apply(step.fragment, torch.from_numpy(self._computed[event.index][1]))
+        return event
+
+    patch.setattr(RunLog, "_check_own_retry", checked)
+    patch.setattr(Coordinator, "_take_outer_step", planted)
+
+
+def take_an_older_coordinators_commit_for_its_own(patch: Patch) -> None:
+    give_way = RunLog._give_way
+
+    def planted(self: RunLog, path: str, stored: bytes, fence_epoch: int) -> None:
+        if Record.from_bytes(stored, path).fence_epoch > fence_epoch:
+            give_way(self, path, stored, fence_epoch)
+
+    patch.setattr(RunLog, "_give_way", planted)
+
+
+def keep_what_comes_again_in_place_of_the_copy(patch: Patch) -> None:
+    patch.setattr(Payloads, "hold_the_copy", lambda self, name: None)
+
+
 STEADY: dict[str, Any] = {"network": {"loss": 0.0, "doubled": 0.0, "late": 0.0}}
+DECOUPLED = {"preset": "decoupled", "fragments": 3}
 KILLS = {"chance": {"faults": [2, 4], "kinds": ["kill"], "until_s": 12}}
 TWO = {
     "faults": [{"freeze": "coordinator", "at_s": 5.0, "for_s": 8.0}, {"usurp": "coordinator", "at_s": 6.0}],
@@ -181,10 +280,33 @@ LOST = {
         *({"kill": "island-00", "at_s": at_s} for at_s in (9.0, 22.0, 36.0)),
     ],
 }
+OVERTAKEN = {  # stopped between its last look at the fence and its commit
+    "faults": [
+        {"freeze": "coordinator", "point": "before create log/*", "for_s": 3.0},
+        {"usurp": "coordinator", "point": "before create log/*"},
+    ]
+}
+ONE_LEAVES = {**STEADY, "faults": [{"leave": "island-01", "at_s": 4.0, "for_s": 60.0}]}
+FEW_DATA = {  # fifteen sequences
+    "recipe": {"data": {"sequence_length": 400}},
+    "faults": [{"kill": "coordinator", "at_s": at_s} for at_s in (4.0, 9.0, 14.0, 19.0)],
+}
+COMMITTED_AGAIN = {**STEADY, "faults": [{"repeat": "storage", "point": "after create log/*", "skip": 1}]}
+SENT_AGAIN = {
+    "recipe": {"sync": DECOUPLED},
+    "faults": [{"sluggish": "storage", "at_s": 2.0, "for_s": 100.0}],
+    "chance": {"faults": [4, 8], "kinds": ["cut", "mute", "deafen"], "until_s": 60},
+}
+
+
+def tampered(how: str, **recipe: Any) -> dict[str, Any]:
+    faults = [{"bad_payload": "island-01", "at_s": at_s, "how": how} for at_s in (4.0, 9.0, 14.0)]
+    return {**STEADY, "recipe": recipe, "faults": faults}
+
 
 BUGS: list[tuple[Callable[[Patch], None], dict[str, Any], str, int]] = [
     (accept_without_a_copy, STEADY, "I6", 3),
-    (keep_what_is_committed, {"recipe": {"sync": {"preset": "decoupled", "fragments": 3}}}, "I2", 5),
+    (keep_what_is_committed, {"recipe": {"sync": DECOUPLED}}, "I2", 5),
     (sum_in_arrival_order, STEADY, "I6", 5),
     (add_in_arrival_order, {**STEADY, "recipe": {"sync": {"downlink": "float32"}}}, "I6", 5),
     (skip_the_fence_check, TWO, "I5", 40),
@@ -195,6 +317,18 @@ BUGS: list[tuple[Callable[[Patch], None], dict[str, Any], str, int]] = [
     (throw_away_what_a_lost_island_had_done, LOST, "I3", 6),
     (let_an_islands_replica_go_wrong, STEADY, "I7", 3),
     (end_the_coordinator_for_no_reason, STEADY, "I16", 3),
+    (accept_an_older_base_than_the_rounds, tampered("stale"), "I12", 3),
+    (bear_one_outer_step_too_many, LAGGARD, "I12", 5),
+    (accept_any_norm, tampered("huge"), "I10", 3),
+    (weigh_by_the_tokens_that_an_island_claims, STEADY, "I6", 1),
+    (weigh_by_the_tokens_that_an_island_claims, tampered("inflated", sync={"weighting": "tokens"}), "I6", 3),
+    (weigh_by_the_steps_that_an_island_claims, tampered("inflated", sync={"weighting": "examples"}), "I6", 3),
+    (weigh_by_the_steps_that_an_island_claims, tampered("inflated", sync=DECOUPLED), "I6", 3),
+    (keep_the_lease_of_who_leaves, ONE_LEAVES, "I8", 3),
+    (lose_the_rest_of_an_epoch, FEW_DATA, "I9", 5),
+    (apply_a_commit_that_is_found_again_twice, COMMITTED_AGAIN, "I6", 3),
+    (take_an_older_coordinators_commit_for_its_own, OVERTAKEN, "I9", 8),
+    (keep_what_comes_again_in_place_of_the_copy, SENT_AGAIN, "I6", 6),
 ]
 
 

@@ -8,7 +8,7 @@ import pytest
 from diloco_ray.errors import StoreError
 from diloco_ray.log.run_log import read_ahead
 from diloco_ray.log.run_store import RunStore
-from diloco_ray.simulation.storage import IOCall, TappedStore
+from diloco_ray.simulation.storage import AnswerLostError, IOCall, TappedStore
 
 
 class Killed(BaseException):
@@ -50,6 +50,20 @@ def test_an_error_of_the_tap_is_one_of_the_storage(tmp_path: Path, moment: str, 
         store.create("log/1.json", b"x")
     assert "free some space" in caught.value.remedy
     assert RunStore(store.url).exists("log/1.json") == is_there
+
+
+def test_a_create_without_an_answer_is_made_again_and_finds_itself(tmp_path: Path) -> None:
+    heard: list[IOCall] = []
+
+    def lose_the_answer(call: IOCall) -> None:
+        heard.append(call)
+        if call == IOCall("create", "log/1.json", "after"):
+            raise AnswerLostError
+
+    store = TappedStore(str(tmp_path), lose_the_answer)
+    with pytest.raises(FileExistsError):
+        store.create("log/1.json", b"x")
+    assert (RunStore(store.url).read("log/1.json"), len(heard)) == (b"x", 2)
 
 
 def test_a_kill_passes_every_handler(tmp_path: Path) -> None:

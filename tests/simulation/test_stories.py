@@ -253,6 +253,8 @@ def test_one_story_and_many_are_not_asked_for_together(
         ("faults: [{kill: island-01, at_s: 3, for_s: 9}]", ["faults.0", "for_s says nothing of a fault of kind kill"]),
         ("faults: [{cut: island-01, at_s: 3, how: zero}]", ["faults.0", "how says nothing of a fault of kind cut"]),
         ("faults: [{kill: island-01, at_s: 3, skip: 2}]", ["faults.0", "skip says nothing of a fault without a point"]),
+        ("faults: [{repeat: storage, at_s: 3}]", ["faults.0", "no create is named", "after create"]),
+        ("faults: [{repeat: storage, point: before create log/*}]", ["faults.0", "no create is named"]),
         ("chance: {faults: [4, 1]}", ["chance.faults", "[4, 1]", "the smaller one first"]),
         ("chance: {faults: [-3, -1]}", ["chance.faults", "[-3, -1]", "two numbers from 0 on"]),
         ("chance: {faults: [1]}", ["chance.faults.1", "required"]),
