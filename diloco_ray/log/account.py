@@ -11,94 +11,48 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AliasPath, BaseModel, ConfigDict, Field, TypeAdapter
 
 from diloco_ray.coordination.messages import DataRange, Share
 from diloco_ray.coordination.settings import Closes
-from diloco_ray.errors import CorruptionError
-from diloco_ray.ids import canonical_json, island_number
-from diloco_ray.log.record import Record
+from diloco_ray.ids import island_number
+from diloco_ray.log.record import Record, checked
 
 _FATES = ("committed", "rejected", "expired", "rewound", "outstanding")
 _NEVER_FALLS = ("leased", "committed", "rejected", "expired", "rewound")
 _Positive = Annotated[int, Field(ge=1)]
-_PART = ConfigDict(strict=True)  # of run.json: of the other fields nothing is known here
 
 
-@dataclass(frozen=True)
-class _Data:
-    sequence_length: _Positive
-
-    __pydantic_config__ = _PART
-
-
-@dataclass(frozen=True)
-class _Inner:
-    steps_per_round: _Positive
-    batch_size: _Positive
-
-    __pydantic_config__ = _PART
-
-
-@dataclass(frozen=True)
-class _Sync:
-    closes: Closes
-
-    __pydantic_config__ = _PART
-
-
-@dataclass(frozen=True)
-class _Config:
-    data: _Data
-    inner: _Inner
-    sync: _Sync
-
-    __pydantic_config__ = _PART
-
-
-@dataclass(frozen=True)
-class _Layout:
-    fragments: Annotated[tuple[Any, ...], Field(min_length=1)]
-
-    __pydantic_config__ = _PART
-
-
-@dataclass(frozen=True)
-class Terms:
+class Terms(BaseModel):
     """What a run counts in: the fields of its run.json that no resumed run may change."""
 
-    config: _Config
-    layout: _Layout
-    shard_sizes: Annotated[tuple[_Positive, ...], Field(min_length=1)]  # sequences in one epoch of each data shard
+    model_config = ConfigDict(strict=True, frozen=True)
 
-    __pydantic_config__ = _PART
+    shard_sizes: Annotated[tuple[_Positive, ...], Field(min_length=1)]  # sequences in one epoch of each data shard
+    fragments: Annotated[tuple[Any, ...], Field(min_length=1, validation_alias=AliasPath("layout", "fragments"))]
+    tokens_per_sequence: _Positive = Field(validation_alias=AliasPath("config", "data", "sequence_length"))
+    steps_per_round: _Positive = Field(validation_alias=AliasPath("config", "inner", "steps_per_round"))
+    sequences_per_step: _Positive = Field(validation_alias=AliasPath("config", "inner", "batch_size"))
+    closes: Closes = Field(validation_alias=AliasPath("config", "sync", "closes"))
 
     @staticmethod
     def of(run: dict[str, Any], where: str) -> "Terms":
         """Of the body of run.json. CorruptionError, naming `where`, when it does not have them."""
-        try:
-            return _TERMS.validate_json(canonical_json(run))
-        except ValidationError as error:
-            first = error.errors()[0]
-            what = f"not what its records count in: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-            raise CorruptionError(what, where=where, remedy="restore the file from a copy of the run store") from error
+        remedy = "restore the file from a copy of the run store"
+        return checked(_TERMS, run, where, "not what its records count in", remedy)
 
     @property
     def in_step(self) -> bool:
-        return self.config.sync.closes == "all"
-
-    @property
-    def tokens_per_sequence(self) -> int:
-        return self.config.data.sequence_length
+        return self.closes == "all"
 
     @property
     def tokens_per_round(self) -> int:
         """Of one island."""
-        return self.config.inner.steps_per_round * self.config.inner.batch_size * self.tokens_per_sequence
+        return self.steps_per_round * self.sequences_per_step * self.tokens_per_sequence
 
     @property
     def num_fragments(self) -> int:
-        return len(self.layout.fragments)
+        return len(self.fragments)
 
 
 _TERMS = TypeAdapter(Terms)

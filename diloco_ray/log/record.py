@@ -52,13 +52,17 @@ def _whole_number(digits: str) -> int:
 
 def unseal_as(kind: TypeAdapter[T], data: bytes, where: str) -> T:
     """The body as a value of this kind, with its types checked; else CorruptionError, naming `where`."""
-    body = unseal(data, where)
+    return checked(kind, unseal(data, where), where, "not of this format", "use the version that wrote this run")
+
+
+def checked(kind: TypeAdapter[T], body: dict[str, Any], where: str, what: str, remedy: str) -> T:
+    """What is unsealed, as a value of this kind; else CorruptionError: where, what it is not, the first such field."""
     try:
         return kind.validate_json(canonical_json(body))
     except ValidationError as error:
         first = error.errors()[0]
-        problem = f"not of this format: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise CorruptionError(problem, where=where, remedy="use the version that wrote this run") from error
+        problem = f"{what}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise CorruptionError(problem, where=where, remedy=remedy) from error
 
 
 @dataclass(frozen=True, slots=True)
