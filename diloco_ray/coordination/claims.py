@@ -26,7 +26,8 @@ def take_up(state: RunState, island: str, held: tuple[InnerPlan, ...]) -> Step:
     others = {plan.lease_id for name, plans in state.plans.items() if name != island for plan in plans}
     others |= {item.contribution.lease_id for key, item in state.inbox.items() if key[2] != island}
     replaced = any(plan.lease_id not in leases for plan in state.open_plans(island))
-    num_ahead = 2 * state.rules.max_islands * state.rules.sequences_per_round  # each island has two plans at most
+    # In step each island has two plans at most; out of step what lies further ahead in a small shard is done again.
+    num_ahead = 2 * state.rules.max_islands * state.rules.sequences_per_round
     for plan in held[:MAX_HELD]:
         if plan.lease_id in known:
             continue

@@ -15,6 +15,7 @@ from pathlib import Path
 import ray
 
 from diloco_ray.errors import ClusterError
+from diloco_ray.runtime.cluster import POLL_S
 
 JOINS_WITHIN_S = 120.0
 # Of the head: a node whose raylet does not answer is given up after some 20 s; Ray's own settings take a minute.
@@ -80,7 +81,7 @@ def second_node(places: dict[str, float]) -> Iterator[SecondNode]:
                         where="ray start",
                         remedy="try again when the machine is less busy",
                     )
-                time.sleep(0.2)
+                time.sleep(POLL_S)
             yield node
         finally:
             node.stop()

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import select
 import signal
 import subprocess
 from pathlib import Path
@@ -63,6 +64,7 @@ def test_a_closed_terminal_ends_a_run_as_ctrl_c_does(paced: dict[str, Any], tmp_
     try:
         seen = b""
         while b"round 1/100 |" not in seen:
+            assert select.select([ours], [], [], DEADLINE_S)[0], seen
             seen += os.read(ours, 4096)
         os.close(ours)
         os.killpg(train.pid, signal.SIGHUP)  # its Ray hears of it too
